@@ -1,0 +1,331 @@
+"""A pickle interpreter that builds data and cannot do anything else.
+
+Source of the opcodes: ``Lib/pickletools.py`` of CPython. Source of the subset: ``torch/_weights_only_unpickler.py``.
+
+The machine imports nothing and calls nothing but the constructors that its owner hands it.
+"""
+
+import pickletools
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from ._checks import as_tuple, exact
+from ._errors import FormatError, quoted
+from ._limits import Limits
+from ._nodes import Record
+
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+_MAX_GLOBAL_BYTES = 512
+_MAX_KEY_LENGTH = 32
+_MAX_INT_KEY = 2**60  # below it equal hashes mean equal ints, so a file cannot make dict lookups slow
+_KEY_TYPES = (str, int, float, bool, bytes, type(None))
+_RESAVE = "Save it again with torch.save, whose default is protocol 2."
+
+
+class Constructor:
+    """What a GLOBAL yields when it names an allow-listed function: the one thing that REDUCE accepts.
+
+    Args:
+        name: the dotted name in the file.
+        build: makes the node from the file's arguments; raises `FormatError`, and nothing else, on bad ones.
+    """
+
+    def __init__(self, name: str, build: Callable[[tuple[Any, ...]], Any]) -> None:
+        self.name = name
+        self.build = build
+        self.description = f"the function {name}"
+
+
+class PickleMachine:
+    r"""Execute a protocol-2 pickle as far as plain data goes.
+
+    Python's recursion is not used, so nesting costs memory in proportion to the pickle and no more. The result may
+    still be a graph with cycles: see `check_tree`.
+
+    Args:
+        data: the pickle.
+        allowed: dotted global name -> the token that stands for it; a `Constructor` may be called.
+        persistent_load: makes the object for a persistent id.
+        limits: gives `max_pickle_bytes` and `max_opcodes`.
+        record: what to call the pickle in messages.
+
+    Examples:
+        >>> machine = PickleMachine(b"\x80\x02K\x01K\x02\x86.", {}, lambda key: key, Limits())
+        >>> machine.run()
+        (1, 2)
+    """
+
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        allowed: Mapping[str, Any],
+        persistent_load: Callable[[Any], Any],
+        limits: Limits,
+        record: str = "pickle",
+    ) -> None:
+        self._data = memoryview(data)
+        self._allowed = allowed
+        self._persistent_load = persistent_load
+        self._limits = limits
+        self._record = record
+        self._position = 0
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._floor = 0  # the innermost mark: nothing below it may be popped
+        self._memo: dict[int, Any] = {}
+        self._opcodes: dict[int, Callable[[], None]] = {
+            ord("c"): self._global,
+            ord("R"): self._reduce,
+            ord("b"): self._build,
+            ord("Q"): lambda: self._push(self._persistent_load(self._pop())),
+            ord("a"): self._append,
+            ord("e"): self._appends,
+            ord("s"): self._setitem,
+            ord("u"): self._setitems,
+            ord("("): self._mark,
+            ord("t"): lambda: self._push(tuple(self._pop_mark())),
+            0x85: lambda: self._push(tuple(self._pop_many(1))),
+            0x86: lambda: self._push(tuple(self._pop_many(2))),
+            0x87: lambda: self._push(tuple(self._pop_many(3))),
+            ord(")"): lambda: self._push(()),
+            ord("]"): lambda: self._push([]),
+            ord("}"): lambda: self._push({}),
+            ord("N"): lambda: self._push(None),
+            0x88: lambda: self._push(True),
+            0x89: lambda: self._push(False),
+            ord("K"): lambda: self._push(self._take(1)[0]),
+            ord("M"): lambda: self._push(struct.unpack("<H", self._take(2))[0]),
+            ord("J"): lambda: self._push(struct.unpack("<i", self._take(4))[0]),
+            0x8A: self._long1,
+            ord("G"): lambda: self._push(struct.unpack(">d", self._take(8))[0]),
+            ord("X"): lambda: self._text(self._uint32(), "surrogatepass"),
+            ord("U"): lambda: self._text(self._take(1)[0], "strict"),
+            ord("h"): lambda: self._get(self._take(1)[0]),
+            ord("j"): lambda: self._get(self._uint32()),
+            ord("q"): lambda: self._put(self._take(1)[0]),
+            ord("r"): lambda: self._put(self._uint32()),
+        }
+
+    def run(self) -> Any:
+        """Execute the pickle.
+
+        Returns:
+            The object it describes.
+
+        Raises:
+            FormatError: anything but well-formed, allow-listed data.
+        """
+        if self._data.nbytes > self._limits.max_pickle_bytes:
+            raise FormatError(
+                f"a pickle of {self._data.nbytes} bytes",
+                expected=f"at most Limits.max_pickle_bytes = {self._limits.max_pickle_bytes}",
+                place=f"record {quoted(self._record)}",
+            )
+        start = 0
+        opcode = None
+        try:
+            self._protocol()
+            for _ in range(self._limits.max_opcodes):
+                start, opcode = self._position, None
+                opcode = self._take(1)[0]
+                if opcode == ord("."):
+                    return self._stop()
+                execute = self._opcodes.get(opcode)
+                if execute is None:
+                    raise FormatError(
+                        "an opcode outside the data-only subset of protocol 2",
+                        expected="what torch.load(weights_only=True) reads",
+                        mend="Save a state_dict of tensors instead of a whole module.",
+                    )
+                execute()
+            raise FormatError(
+                "a pickle that goes on", expected=f"at most Limits.max_opcodes = {self._limits.max_opcodes} opcodes"
+            )
+        except FormatError as error:
+            name = "" if opcode is None else f" ({_OPCODE_NAMES.get(opcode, f'opcode {opcode:#04x}')})"
+            error.locate(place=f"record {quoted(self._record)}, byte {start}{name}")
+            raise
+
+    def _protocol(self) -> None:
+        head = bytes(self._data[:2])
+        if head[:1] != b"\x80" or len(head) < 2:
+            raise FormatError(f"bytes {head!r}", expected=r"a pickle of protocol 2, which starts with b'\x80\x02'")
+        if head[1] != 2:
+            raise FormatError(f"pickle protocol {head[1]}", expected="protocol 2", mend=_RESAVE)
+        self._position = 2
+
+    def _stop(self) -> Any:
+        if len(self._stack) != 1 or self._marks:
+            raise FormatError(f"{len(self._stack)} objects on the stack at the end", expected="one")
+        if self._position != self._data.nbytes:
+            raise FormatError(f"{self._data.nbytes - self._position} bytes after STOP", expected="none")
+        return self._stack[0]
+
+    # --- bytes
+
+    def _take(self, count: int) -> bytes:
+        end = self._position + count
+        if end > self._data.nbytes:
+            raise FormatError(
+                f"{self._data.nbytes - self._position} bytes to the end of the pickle",
+                expected=f"{count} more",
+                mend="The file is damaged: copy or download it again.",
+            )
+        taken = bytes(self._data[self._position : end])
+        self._position = end
+        return taken
+
+    def _uint32(self) -> int:
+        return int.from_bytes(self._take(4), "little")
+
+    def _text(self, count: int, errors: str) -> None:
+        try:
+            self._push(str(self._take(count), "utf-8", errors))
+        except UnicodeDecodeError as error:
+            raise FormatError("a string that is not UTF-8", expected="UTF-8") from error
+
+    def _long1(self) -> None:
+        self._push(int.from_bytes(self._take(self._take(1)[0]), "little", signed=True))
+
+    def _line(self) -> str:
+        window = bytes(self._data[self._position : self._position + _MAX_GLOBAL_BYTES])
+        end = window.find(b"\n")
+        if end < 0:
+            raise FormatError("a global name without an end", expected=f"a newline within {_MAX_GLOBAL_BYTES} bytes")
+        self._position += end + 1
+        try:
+            return window[:end].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError("a global name that is not UTF-8", expected="UTF-8") from error
+
+    # --- stack and memo
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _need(self, count: int) -> None:
+        if len(self._stack) - self._floor < count:
+            raise FormatError(
+                f"{len(self._stack) - self._floor} objects on the stack", expected=f"at least {count} since the mark"
+            )
+
+    def _pop(self) -> Any:
+        self._need(1)
+        return self._stack.pop()
+
+    def _pop_many(self, count: int) -> list[Any]:
+        self._need(count)
+        taken = self._stack[-count:]
+        del self._stack[-count:]
+        return taken
+
+    def _top(self) -> Any:
+        self._need(1)
+        return self._stack[-1]
+
+    def _mark(self) -> None:
+        self._marks.append(len(self._stack))
+        self._floor = len(self._stack)
+
+    def _pop_mark(self) -> list[Any]:
+        if not self._marks:
+            raise FormatError("no mark on the stack", expected="a MARK before this opcode")
+        start = self._marks.pop()
+        self._floor = self._marks[-1] if self._marks else 0
+        taken = self._stack[start:]
+        del self._stack[start:]
+        return taken
+
+    def _get(self, index: int) -> None:
+        if index not in self._memo:
+            raise FormatError(f"memo entry {index}, which is not set", expected="one that an earlier PUT has set")
+        self._push(self._memo[index])
+
+    def _put(self, index: int) -> None:
+        self._memo[index] = self._top()
+
+    # --- containers
+
+    def _append(self) -> None:
+        item = self._pop()
+        self._list().append(item)
+
+    def _appends(self) -> None:
+        items = self._pop_mark()
+        self._list().extend(items)
+
+    def _list(self) -> list[Any]:
+        target = self._top()
+        if type(target) is not list:
+            raise FormatError(f"an item for a {type(target).__name__}", expected="a list to append to")
+        return cast("list[Any]", target)
+
+    def _setitem(self) -> None:
+        key, value = self._pop_many(2)
+        self._dict()[_checked_key(key)] = value
+
+    def _setitems(self) -> None:
+        items = self._pop_mark()
+        if len(items) % 2:
+            raise FormatError(f"{len(items)} objects", expected="pairs of a key and a value")
+        target = self._dict()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_checked_key(key)] = value
+
+    def _dict(self) -> dict[Any, Any]:
+        target = self._top()
+        if type(target) is not dict and type(target) is not Record:
+            raise FormatError(f"an item for a {type(target).__name__}", expected="a dict")
+        return cast("dict[Any, Any]", target)
+
+    # --- the three opcodes that make pickle dangerous
+
+    def _global(self) -> None:
+        name = f"{self._line()}.{self._line()}"
+        if name not in self._allowed:
+            raise FormatError(
+                f"the global {quoted(name)}",
+                expected="a name on the allow-list of tensor constructors, dtypes and quantization schemes",
+                mend="Nothing was imported or executed. If you trust the file, load it with the program that wrote it "
+                "and save a state_dict of plain tensors.",
+            )
+        self._push(self._allowed[name])
+
+    def _reduce(self) -> None:
+        function, args = self._pop_many(2)
+        if type(function) is not Constructor:
+            raise FormatError(f"a call of a {type(function).__name__}", expected="an allow-listed function")
+        if type(args) is not tuple:
+            raise FormatError(f"a {type(args).__name__} as arguments of {function.name}", expected="a tuple")
+        try:
+            self._push(function.build(cast("tuple[Any, ...]", args)))
+        except FormatError as error:
+            error.locate(place=f"record {quoted(self._record)}, byte {self._position - 1} (REDUCE {function.name})")
+            raise
+
+    def _build(self) -> None:
+        state = self._pop()
+        target = self._top()
+        if type(target) is not Record:
+            raise FormatError(f"a state for a {type(target).__name__}", expected="an OrderedDict")
+        fields = cast("dict[Any, Any]", state) if type(state) is dict else {}
+        metadata = fields.get("_metadata")
+        if list(fields) != ["_metadata"] or type(metadata) not in (dict, Record):
+            raise FormatError("an OrderedDict with other state", expected="{'_metadata': a dict}")
+        target.metadata = cast("dict[Any, Any]", metadata)
+
+
+def _checked_key(key: Any) -> Any:
+    # Flat keys only: hashing a tuple of shared tuples can take 2**depth steps.
+    parts = as_tuple(key) if exact(key, tuple) else (key,)
+    if len(parts) > _MAX_KEY_LENGTH:
+        raise FormatError(f"a dict key of {len(parts)} parts", expected=f"at most {_MAX_KEY_LENGTH}")
+    for part in parts:
+        if not exact(part, *_KEY_TYPES):
+            raise FormatError(
+                f"a dict key with a {type(part).__name__}", expected="str, bytes, numbers, None, or a tuple of them"
+            )
+        if exact(part, int) and abs(part) > _MAX_INT_KEY:
+            raise FormatError(f"a dict key of {part.bit_length()} bits", expected="an int of at most 60 bits")
+    return key

@@ -1,0 +1,84 @@
+"""A last look at a tree before it is handed out."""
+
+from typing import Any, cast
+
+import numpy as np
+
+from ._errors import FormatError
+from ._limits import Limits
+from ._nodes import Call, Global, Parameter, RawTensor, Record
+
+_LEAVES = (str, int, float, complex, bool, bytes, type(None), np.ndarray, RawTensor, Global)
+
+
+def check_tree(root: Any, limits: Limits) -> None:
+    """Refuse a graph that is not a tree of bounded depth and size, made of the documented nodes only.
+
+    Pickle can share and tie up nodes: a list that contains itself, or a doubling ladder that takes 2**n steps to walk.
+    Users walk trees recursively, so neither may get out. The walk here visits each object once and does not recurse.
+
+    Args:
+        root: the object that the pickle machine built.
+        limits: gives `max_depth` and `max_nodes`.
+
+    Raises:
+        FormatError: a cycle, too deep, too large, or a node of another kind.
+
+    Examples:
+        >>> check_tree({"a": [1, (2, 3)]}, Limits())
+    """
+    measured: dict[int, tuple[int, int]] = {}  # id -> (depth, nodes of the walk); every id stays alive through root
+    open_nodes: set[int] = set()
+    todo: list[tuple[Any, tuple[Any, ...] | None]] = [(root, None)]
+    while todo:
+        node, children = todo.pop()
+        key = id(node)
+        if children is None:
+            if key in measured:
+                continue
+            if key in open_nodes:
+                raise FormatError("a container that contains itself", expected="a tree without cycles")
+            children = _children(node)
+            if not children:
+                measured[key] = (1, 1)
+                continue
+            open_nodes.add(key)
+            todo.append((node, children))
+            todo.extend((child, None) for child in children)
+            continue
+        open_nodes.discard(key)
+        depth = 1 + max(measured[id(child)][0] for child in children)
+        nodes = 1 + sum(measured[id(child)][1] for child in children)
+        if depth > limits.max_depth:
+            raise FormatError(
+                f"containers nested more than {limits.max_depth} deep",
+                expected=f"at most Limits.max_depth = {limits.max_depth}",
+            )
+        if nodes > limits.max_nodes:
+            raise FormatError(
+                f"a tree of more than {limits.max_nodes} nodes (shared nodes count each time they are met)",
+                expected=f"at most Limits.max_nodes = {limits.max_nodes}",
+            )
+        measured[key] = (depth, nodes)
+
+
+def _children(node: Any) -> tuple[Any, ...]:
+    kind = cast("type[Any]", type(node))
+    if kind in _LEAVES:
+        return ()
+    if kind is dict:
+        return tuple(cast("dict[Any, Any]", node).values())
+    if kind is list or kind is tuple:
+        return tuple(cast("list[Any]", node))
+    if kind is Record:
+        record = cast("Record", node)
+        return (*record.values(), record.metadata)
+    if kind is Call:
+        return cast("Call", node).args
+    if kind is Parameter:
+        return (cast("Parameter", node).array,)
+    raise FormatError(
+        f"{getattr(node, 'description', kind.__name__)} as a value of the tree",
+        expected="arrays, containers and scalars",
+        mend="Save a state_dict of tensors instead.",
+    )
