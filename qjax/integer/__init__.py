@@ -1,0 +1,6 @@
+"""What the deployed kernel computes: integer dots and convolutions, requantized; and the conversion to it."""
+
+from qjax.integer._convert import convert
+from qjax.integer._program import IntegerOp, IntegerProgram
+
+__all__ = ["IntegerOp", "IntegerProgram", "convert"]

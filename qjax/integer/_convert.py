@@ -1,0 +1,208 @@
+"""convert: from a prepared function to the program that a device runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax._quantize import QTensor, quantize
+from qjax._spec import PerTensor
+from qjax.integer._hoist import early_quantizers
+from qjax.integer._program import ABSENT, IntegerInterpreter, IntegerOp, IntegerProgram, Point
+from qjax.observers import Observer
+from qjax.transform._interpret import Interpreter, Plan, operand_role
+from qjax.transform._prepare import Prepared, QuantVars, check_calibrated
+from qjax.transform._recipe import Recipe
+from qjax.transform._trace import Graph, Node, Op, Trace
+from qjax.transform._values import Value, thin, to_real
+
+
+def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> IntegerProgram:
+    """Turn a prepared function into an integer program with its weights stored as codes.
+
+    Ops whose two operands are quantized are summed in int32 and requantized with fbgemm's formula (`q = clamp(rint((acc +
+    bias/unit) · (unit/scale)) + zero_point)`, unit = scale_x · scale_w), which rounds right after the op where all of
+    its uses lead to one quantizer, and pools and reshapes codes. Ops with a quantized weight and a float input dequantize the
+    weight when they use it. The codes equal those of `prepared.codes`, that is, of mode "eval".
+
+    Args:
+      prepared: From `qjax.prepare`.
+      qvars: Its quantizer variables, calibrated or trained.
+      params: The float parameters.
+      *args: Example values or `jax.ShapeDtypeStruct` of the other arguments; only needed if `prepared` was never called.
+
+    Returns:
+      An `IntegerProgram`: a function of the arguments that are not parameters, of any batch size.
+
+    Raises:
+      ValueError: A quantizer has observed nothing, an activation is quantized dynamically or per channel, or the shapes
+        are not known.
+
+    Examples:
+      >>> import jax.numpy as jnp, qjax
+      >>> w8 = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(-1))
+      >>> recipe = qjax.Recipe([qjax.Rule(".*", weight=w8, input=qjax.QuantSpec(qjax.uint8))])
+      >>> prepared = qjax.prepare(lambda params, x: x @ params["dense"]["w"], recipe)
+      >>> params, x = {"dense": {"w": jnp.eye(2)}}, jnp.array([[0.1, 1.0]])
+      >>> _, qvars = prepared(prepared.init(params, x), params, x, mode="calibrate")
+      >>> integer = qjax.convert(prepared, qvars, params)
+      >>> print(integer.weights["dense"].codes)
+      [[127   0]
+       [  0 127]]
+      >>> print(integer.codes(x)["dense/input"].codes)
+      [[ 25 255]]
+    """
+    if not isinstance(prepared, Prepared):
+        raise TypeError(f"convert: prepared must come from qjax.prepare, got {type(prepared).__name__}.")
+    whole = _with_params(prepared, params, args)
+    traced = prepared.trace(*whole)
+    check_calibrated(prepared.recipe, traced, qvars)
+    if qvars.state.keys() != prepared.init(*whole).state.keys():
+        raise ValueError(
+            "convert: qvars has other quantizers than this prepared function; it was made by the init of another function or "
+            "recipe."
+        )
+    points = _points(prepared.recipe, traced, qvars)
+    leaves = Prepared.array_leaves(whole)
+    start = len(Prepared.array_leaves(whole[: prepared.params_argnum]))
+    count = len(jax.tree.leaves(params))
+    known = [leaf if start <= i < start + count else ABSENT for i, leaf in enumerate(leaves)]
+    collector = _Collector(Plan(prepared.recipe, "eval", "codes"), qvars, points)
+    collector.run(traced.graph, known)
+    needed = _needed_inputs(traced.graph, collector.weights.keys())
+    floats = {
+        i - start: jnp.asarray(leaves[i]) for i in range(start, start + count) if traced.graph.inputs[i] in needed
+    }
+    shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+    program = IntegerProgram(prepared, shape, collector.weights, floats, points, ())
+    program.ops = _ops(traced, program, collector, whole, prepared)
+    return program
+
+
+def _with_params(prepared: Prepared, params: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    place = prepared.params_argnum
+    if args:
+        return (*args[:place], params, *args[place:])
+    if prepared.signature is None:
+        raise ValueError(
+            "convert: the shapes of the other arguments are not known, since this prepared function was never called. Pass "
+            "example values or jax.ShapeDtypeStruct: convert(prepared, qvars, params, x)."
+        )
+    return (*prepared.signature[:place], params, *prepared.signature[place + 1 :])
+
+
+def _points(recipe: Recipe, traced: Trace, qvars: QuantVars) -> dict[str, Point]:
+    """The frozen qparams of every activation that is quantized."""
+    points: dict[str, Point] = {}
+    for op in traced.graph.ops():
+        rule = recipe.rule_for(op.name)
+        if rule is None:
+            continue
+        for role in (operand_role(op, 0), operand_role(op, 1), "output"):
+            key = f"{op.name}/{role}"
+            if role == "weight" or key not in qvars.state:
+                continue
+            observer = rule.output_observer if role == "output" else rule.input_observer
+            assert observer is not None
+            if observer.dynamic or not isinstance(observer.spec.granularity, PerTensor):
+                what = "dynamically" if observer.dynamic else str(observer.spec.granularity)
+                raise ValueError(
+                    f"convert: the {role} of {op.name} is quantized {what}; an integer program needs one static range for "
+                    "the tensor. Use a per-tensor observer such as qjax.observers.min_max for it."
+                )
+            points[key] = (observer.spec, observer.qparams(qvars.state[key]))
+    return points
+
+
+class _Collector(IntegerInterpreter):
+    """Follows the parameters through the graph, activations absent, and quantizes each weight where its op takes it."""
+
+    def __init__(self, plan: Plan, qvars: QuantVars, points: dict[str, Point]) -> None:
+        super().__init__(plan, {}, points)
+        self._qvars = qvars
+        self.weights: dict[str, QTensor] = {}
+        self.biases: dict[str, jax.Array] = {}
+
+    def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
+        rule = self._plan.recipe.rule_for(op.name)
+        observer = None if rule is None else rule.weight_observer
+        if op.weight is not None and observer is not None:
+            self.weights[op.name] = self._codes(f"{op.name}/weight", observer, to_real(values[op.weight]))
+        return ABSENT
+
+    def _codes(self, key: str, observer: Observer, weight: jax.Array) -> QTensor:
+        state = self._qvars.state[key]
+        if observer.dynamic:
+            state = observer.update(observer.init(weight), weight)
+        return quantize(weight, observer.qparams(state), observer.spec)
+
+    def _equation(self, graph: Graph, node: Node, values: list[Value], env: Any) -> Sequence[Value]:
+        for name, epilogue in graph.epilogues.items():
+            if epilogue.bias is not None and epilogue.bias in node.inputs and name not in self.biases:
+                bias = to_real(env[epilogue.bias])
+                if epilogue.bias in graph.broadcasts:
+                    source, dimensions = graph.broadcasts[epilogue.bias]
+                    bias = thin(to_real(env[source]), dimensions, bias.ndim)
+                self.biases[name] = bias.astype(jnp.float32)
+        return super()._equation(graph, node, values, env)
+
+    def _output(self, name: str, value_id: int, value: Value) -> Value:
+        return value
+
+
+def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
+    """The inputs of the graph that are used as floats, where the weights of the stored ops are not."""
+    needed = {value for value in graph.outputs if isinstance(value, int)}
+    for node in reversed(graph.nodes):
+        if needed.isdisjoint(node.outputs):
+            continue
+        operands = node.inputs
+        if node.op is not None and node.op.name in stored:
+            operands = tuple(value for i, value in enumerate(operands) if i != node.op.weight)
+        elif node.body is not None:
+            inner = _needed_inputs(node.body, stored)
+            operands = tuple(v for v, inside in zip(operands, node.body.inputs, strict=True) if inside in inner)
+        needed |= {value for value in operands if isinstance(value, int)}
+    return needed
+
+
+def _ops(
+    traced: Trace, program: IntegerProgram, collector: _Collector, whole: Sequence[Any], prepared: Prepared
+) -> tuple[IntegerOp, ...]:
+    """Describe the ops as the deployed kernels see them, from one abstract evaluation."""
+    interpreter = Interpreter(Plan(prepared.recipe, "init", "codes"), {})
+    jax.eval_shape(
+        lambda *leaves: [to_real(value) for value in interpreter.run(traced.graph, leaves)],
+        *Prepared.array_leaves(whole),
+    )
+    epilogues, early = {}, {}
+    for graph in _graphs(traced.graph):
+        epilogues.update(graph.epilogues)
+        early.update(early_quantizers(graph, program.points))
+    described: list[IntegerOp] = []
+    for op in traced.graph.ops():
+        if op.name not in program.weights or op.weight is None:
+            continue
+        epilogue = epilogues[op.name]
+        output = f"{op.name}/output" if f"{op.name}/output" in program.points else early.get(epilogue.end)
+        described.append(
+            IntegerOp(
+                name=op.name,
+                kind=op.kind,
+                weight=program.weights[op.name],
+                weight_operand=op.weight,
+                bias=collector.biases.get(op.name),
+                relu=epilogue.relu,
+                input=program.points.get(interpreter.inputs[op.name][1 - op.weight]),
+                output=None if output is None else program.points[output],
+                contraction=op.contraction,
+            )
+        )
+    return tuple(described)
+
+
+def _graphs(graph: Graph) -> list[Graph]:
+    return [graph] + [inner for node in graph.nodes if node.body is not None for inner in _graphs(node.body)]

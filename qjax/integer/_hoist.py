@@ -1,0 +1,63 @@
+"""Where the deployed kernel rounds: right after the op, not where the next op would.
+
+Rounding to codes is monotone, so it commutes with picking elements: with max-pooling, reshapes and ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qjax.transform import _jaxpr
+from qjax.transform._interpret import operand_role
+from qjax.transform._trace import Graph, Node
+from qjax.transform._values import LAYOUT
+
+
+def early_quantizers(graph: Graph, quantizers: Mapping[str, object]) -> dict[int, str]:
+    """For each value that an op gives out: the one quantizer that all of its uses end at, if there is one.
+
+    Args:
+      graph: The traced function, or the body of a call in it.
+      quantizers: The quantizers that there are, by `"op/role"`.
+
+    Returns:
+      Quantizer by value, for values without an output quantizer of their own.
+    """
+    consumers: dict[int, list[Node | None]] = {}
+    for node in graph.nodes:
+        for value in node.inputs:
+            if isinstance(value, int):
+                consumers.setdefault(value, []).append(node)
+    for value in graph.outputs:
+        if isinstance(value, int):
+            consumers.setdefault(value, []).append(None)
+
+    def destinations(value: int) -> set[str | None]:
+        found: set[str | None] = set()
+        for node in consumers.get(value, []):
+            if node is None or node.body is not None:
+                found.add(None)
+            elif node.op is not None:
+                keys = {f"{node.op.name}/{operand_role(node.op, i)}" for i, v in enumerate(node.inputs) if v == value}
+                found |= {key if key in quantizers else None for key in keys}
+            elif _keeps_codes(node):
+                found |= destinations(node.outputs[0])
+            else:
+                found.add(None)
+        return found
+
+    early: dict[int, str] = {}
+    for name, epilogue in graph.epilogues.items():
+        if f"{name}/output" in quantizers:
+            continue
+        ends = destinations(epilogue.end)
+        only = next(iter(ends)) if len(ends) == 1 else None
+        if only is not None:
+            early[epilogue.end] = only
+    return early
+
+
+def _keeps_codes(node: Node) -> bool:
+    if node.is_relu:
+        return True
+    return len(node.inputs) == 1 and (node.eqn.primitive.name in LAYOUT or _jaxpr.pooled_axes(node.eqn, 0) is not None)

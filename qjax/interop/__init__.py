@@ -1,0 +1,7 @@
+"""What the arrays of a checkpoint mean, without torch: read, explained and written."""
+
+from qjax.interop._checkpoint import Checkpoint, load, save
+from qjax.interop._eager_static import Conv2d, Linear, eager_static
+from qjax.interop._explain import Explanation, Point, explain
+
+__all__ = ["Checkpoint", "Conv2d", "Explanation", "Linear", "Point", "eager_static", "explain", "load", "save"]

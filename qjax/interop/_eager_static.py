@@ -1,0 +1,209 @@
+"""From an integer program to the state dict of torch's eager-mode static quantization (`torch.ao.nn.quantized`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qjax._quantize import QTensor
+from qjax._spec import PerChannel, PerTensor
+from qjax.containers import Global, Record
+from qjax.integer import IntegerOp, IntegerProgram
+from qjax.transform._contraction import Conv, Dot
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv2d:
+    """Says that an op becomes a quantized `Conv2d` or `ConvReLU2d`.
+
+    The kernel is turned from the op's own layout (HWIO in Flax) to torch's OIHW.
+
+    Args:
+      name: The module's name in the torch model, such as `"features.0"`.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Says that an op becomes a quantized `Linear` or `LinearReLU`; the kernel is turned from `(in, out)` to `(out, in)`.
+
+    Args:
+      name: The module's name in the torch model.
+      flattened: Where the input is a flattened feature map: its `(height, width, channels)`. Torch flattens channels
+        first, so the weight's inputs are permuted from HWC to CHW order.
+    """
+
+    name: str
+    flattened: tuple[int, int, int] | None = None
+
+
+TorchModule = Conv2d | Linear
+
+
+def eager_static(
+    integer: IntegerProgram, modules: Mapping[str, TorchModule], *, quantize: str | None = "quant"
+) -> Record:
+    """Lay out an integer program as the state dict of a model that torch's eager-mode `convert` makes.
+
+    For each module the keys are torch's own: `weight` and `bias` of a Conv2d, `_packed_params` of a Linear, and the
+    `scale` and `zero_point` of the module's *output*. The `Quantize` module at the model's entry gets the input qparams
+    of the first op, as arrays of one element. Load it with `model.load_state_dict(torch.load(path, weights_only=True))`
+    under the fbgemm engine; where an op's ReLU is part of it, the model has the fused module (`ConvReLU2d`, `LinearReLU`).
+
+    Args:
+      integer: From `qjax.convert`.
+      modules: What each op becomes; all ops of the program, by name.
+      quantize: The name of the model's `Quantize` module (`QuantStub` before conversion); None for a model that is given
+        quantized tensors.
+
+    Returns:
+      A mapping to hand to `qjax.interop.save`, with torch's module versions as its metadata.
+
+    Raises:
+      ValueError: An op is missing in modules or unknown, is not of the kind of its module, or is quantized in a way that
+        torch's module cannot be (its weight affine, narrower than 8 bits or per another axis than the output; no input
+        or output qparams; an output that is not 8-bit unsigned).
+
+    Warns:
+      UserWarning: The model's input was simulated with another rounding than that of torch's `Quantize`.
+
+    References:
+      PyTorch, `torch/ao/nn/quantized/modules/`, `_save_to_state_dict` of `linear.py` and `conv.py`.
+    """
+    ops = {op.name: op for op in integer.ops}
+    for name in modules.keys() - ops.keys():
+        raise ValueError(f"eager_static: the program has no op {name!r}; its ops are {', '.join(ops)}.")
+    for name in ops.keys() - modules.keys():
+        raise ValueError(
+            f"eager_static: modules does not say what op {name!r} becomes. Add a Conv2d or a Linear for it."
+        )
+    names = [module.name for module in modules.values()]
+    if len(set(names)) != len(names):
+        raise ValueError(f"eager_static: two ops become the same torch module; the names are {', '.join(names)}.")
+    state: dict[str, Any] = {}
+    versions: dict[str, dict[str, int]] = {"": {"version": 1}}
+    first = next(iter(ops.values()), None)
+    if quantize is not None and first is not None:
+        scale, zero_point = _point(first, "input")
+        _warn_of_rounding(first)
+        state[f"{quantize}.scale"] = np.asarray([scale], np.float32)
+        state[f"{quantize}.zero_point"] = np.asarray([zero_point], np.int64)
+        versions[quantize] = {"version": 1}
+    for name, op in ops.items():
+        module = modules[name]
+        state.update(_module_state(op, module))
+        packed = isinstance(module, Linear)
+        versions[module.name] = {"version": 3 if packed else 1}
+        if packed:
+            versions[f"{module.name}._packed_params"] = {"version": 3}
+    return Record(state, metadata=versions)
+
+
+def _module_state(op: IntegerOp, module: TorchModule) -> dict[str, Any]:
+    _check_weight(op)
+    weight = _conv_weight(op) if isinstance(module, Conv2d) else _linear_weight(op, module)
+    outputs = weight.codes.shape[0]
+    bias = None
+    if op.bias is not None:
+        bias = np.asarray(op.bias, np.float32).reshape(-1)
+        if bias.shape != (outputs,):
+            raise ValueError(f"eager_static: {op.name} adds a bias of shape {op.bias.shape}; torch wants ({outputs},).")
+    scale, zero_point = _point(op, "output")
+    result: dict[str, Any] = {}
+    if isinstance(module, Conv2d):
+        result["weight"], result["bias"] = weight, bias
+    result["scale"] = np.asarray(scale, np.float32)
+    result["zero_point"] = np.asarray(zero_point, np.int64)
+    if isinstance(module, Linear):
+        result["_packed_params.dtype"] = Global("torch.qint8")
+        result["_packed_params._packed_params"] = (weight, bias)
+    return {f"{module.name}.{key}": value for key, value in result.items()}
+
+
+def _conv_weight(op: IntegerOp) -> QTensor:
+    conv = op.contraction
+    if not isinstance(conv, Conv) or op.weight.codes.ndim != 4:
+        raise ValueError(
+            f"eager_static: {op.name} is a {op.kind} of rank {op.weight.codes.ndim}, not a 2-D convolution."
+        )
+    return _permuted(op, tuple(conv.dimension_numbers.rhs_spec))
+
+
+def _linear_weight(op: IntegerOp, module: Linear) -> QTensor:
+    dot = op.contraction
+    is_matrix = isinstance(dot, Dot) and op.weight.codes.ndim == 2 and not dot.batch[1] and op.weight_operand == 1
+    if not isinstance(dot, Dot) or not is_matrix:
+        raise ValueError(
+            f"eager_static: {op.name} is a {op.kind} whose weight, its operand {op.weight_operand}, has shape "
+            f"{op.weight.shape}; a Linear wants x @ w with a matrix w."
+        )
+    contracted = dot.contracting[1][0]
+    weight = _permuted(op, (1 - contracted, contracted))
+    if module.flattened is None:
+        return weight
+    if math.prod(module.flattened) != weight.shape[1]:
+        raise ValueError(
+            f"eager_static: {op.name} has {weight.shape[1]} inputs, but Linear({module.name!r}, "
+            f"flattened={module.flattened}) says {math.prod(module.flattened)}. Give the (height, width, channels) of the "
+            "feature map that is flattened."
+        )
+    channels_last = np.asarray(weight.codes).reshape(weight.shape[0], *module.flattened)
+    codes = channels_last.transpose(0, 3, 1, 2).reshape(weight.shape)
+    return dataclasses.replace(weight, codes=codes)
+
+
+def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
+    """Transpose a weight so that its output axis comes first, the channel axis with it."""
+    codes = np.ascontiguousarray(np.asarray(op.weight.codes).transpose(order))
+    spec = op.weight.spec
+    if isinstance(spec.granularity, PerChannel):
+        axis = order.index(spec.granularity.axis % op.weight.codes.ndim)
+        if axis != 0:
+            raise ValueError(
+                f"eager_static: the weight of {op.name} is quantized {spec.granularity}; torch wants one scale for each "
+                f"output, which is PerChannel({order[0] - len(order)}) here."
+            )
+        spec = spec.replace(granularity=PerChannel(0))
+    return dataclasses.replace(op.weight, codes=codes, spec=spec)  # type: ignore[arg-type]
+
+
+def _check_weight(op: IntegerOp) -> None:
+    spec = op.weight.spec
+    if not (spec.symmetric and spec.format.signed and spec.format.bits == 8):
+        raise ValueError(
+            f"eager_static: the weight of {op.name} is {spec}; torch's fbgemm kernels want int8 symmetric "
+            "(qjax.QuantSpec(qjax.int8, symmetric=True, ...))."
+        )
+
+
+def _warn_of_rounding(op: IntegerOp) -> None:
+    assert op.input is not None
+    if op.input[0].convention != "torch_real":
+        warnings.warn(
+            f"eager_static: the input of {op.name} was simulated with convention {op.input[0].convention!r}, but torch's "
+            'Quantize module rounds by "torch_real": codes may differ by one on ties, and more beyond a reduced range. Use '
+            'QuantSpec(..., convention="torch_real") for the model\'s input to have them equal.',
+            stacklevel=3,
+        )
+
+
+def _point(op: IntegerOp, role: str) -> tuple[Any, Any]:
+    point = op.input if role == "input" else op.output
+    if point is None:
+        raise ValueError(
+            f"eager_static: the {role} of {op.name} is not quantized; torch's static modules need its qparams. Give the op a "
+            f"rule with {role}=qjax.QuantSpec(qjax.uint8)."
+        )
+    spec, (scale, zero_point) = point
+    if spec.format.signed or spec.format.bits != 8 or not isinstance(spec.granularity, PerTensor):
+        raise ValueError(
+            f"eager_static: the {role} of {op.name} is {spec}; torch's fbgemm kernels want uint8 per_tensor activations."
+        )
+    return scale, zero_point

@@ -1,0 +1,106 @@
+"""Torch's quantized tensors and qjax's, one to the other. Knows the fields of a tensor, not the keys of a state dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from qjax import containers
+from qjax._formats import Int, int8, uint8
+from qjax._quantize import QTensor
+from qjax._spec import PerChannel, PerTensor, QuantSpec
+
+REBUILD_QTENSOR = "torch._utils._rebuild_qtensor"
+_PER_TENSOR = "torch.per_tensor_affine"
+_PER_CHANNEL = "torch.per_channel_affine"
+_FORMATS: dict[str, Int] = {"int8": int8, "uint8": uint8}
+_TORCH_NAMES = {"int8": "qint8", "uint8": "quint8"}
+_RAW_DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+}
+
+
+def from_node(node: Any, place: str) -> Any:
+    """Turn a node of a container's tree into a QTensor, an array or a scalar; other nodes are returned as they are.
+
+    Raises:
+      containers.FormatError: A quantized tensor whose parameters contradict each other.
+    """
+    if isinstance(node, containers.Parameter):
+        return from_node(node.array, place)
+    if isinstance(node, containers.RawTensor) and node.dtype in _RAW_DTYPES:
+        return node.bits.view(_RAW_DTYPES[node.dtype])
+    if isinstance(node, containers.Call) and node.function == REBUILD_QTENSOR:
+        return _from_rebuild(node, place)
+    return node
+
+
+def _from_rebuild(node: containers.Call, place: str) -> Any:
+    codes, quantizer, _ = node.args
+    if not isinstance(codes, np.ndarray) or str(codes.dtype) not in _FORMATS:
+        return node  # qint32 and quint4x2 tensors have no format here yet
+    spec = QuantSpec(_FORMATS[str(codes.dtype)])
+    scheme = quantizer[0].name
+    if scheme == _PER_TENSOR:
+        scale, zero_point = np.float32(quantizer[1]), np.int32(quantizer[2])
+        symmetric = spec.format.signed and zero_point == 0
+        return _qtensor(codes, scale, zero_point, spec.replace(symmetric=symmetric), place)
+    if scheme != _PER_CHANNEL:
+        return node
+    scales, zero_points, axis = quantizer[1:]
+    if not jnp.issubdtype(zero_points.dtype, jnp.integer):
+        return node  # float_qparams are written under the same scheme
+    symmetric = spec.format.signed and not np.any(zero_points)
+    spec = spec.replace(symmetric=symmetric, granularity=PerChannel(axis))
+    return _qtensor(codes, np.asarray(scales, np.float32), np.asarray(zero_points, np.int32), spec, place)
+
+
+def _qtensor(codes: np.ndarray, scale: Any, zero_point: Any, spec: QuantSpec, place: str) -> QTensor:
+    scales, points = np.atleast_1d(scale), np.atleast_1d(zero_point)
+    if isinstance(spec.granularity, PerChannel):
+        axis = spec.granularity.axis
+        if not 0 <= axis < codes.ndim or scales.shape != (codes.shape[axis],) or points.shape != scales.shape:
+            raise containers.FormatError(
+                f"{place}: {scales.size} scales and {points.size} zero_points for axis {axis} of a tensor of shape "
+                f"{codes.shape}; expected one of each for each index of the axis. The file is damaged, or not from torch."
+            )
+    if not np.all(np.isfinite(scales)) or np.any(scales <= 0):
+        raise containers.FormatError(
+            f"{place}: a scale is {scales[~(np.isfinite(scales) & (scales > 0))][0]}; expected positive and finite float32. "
+            "The model was converted before its observers saw data, or the file is damaged."
+        )
+    return QTensor(codes, scale, zero_point, spec)  # type: ignore[arg-type]  # numpy arrays: nothing is copied to a device
+
+
+def to_node(q: QTensor, name: str) -> containers.Call:
+    """Turn a QTensor into the node that torch reads as a quantized tensor.
+
+    Raises:
+      ValueError: Torch has no quantized dtype for the format.
+    """
+    dtype = str(np.dtype(q.codes.dtype))
+    if dtype not in _FORMATS or q.spec.format.bits != 8:
+        raise ValueError(
+            f"{name}: torch has no quantized tensor for {q.spec.format}; it has qint8 and quint8. Quantize with qjax.int8 or "
+            "qjax.uint8, or save the codes as a plain array."
+        )
+    codes = np.asarray(q.codes)
+    if isinstance(q.spec.granularity, PerTensor):
+        quantizer: tuple[Any, ...] = (containers.Global(_PER_TENSOR), float(q.scale), int(q.zero_point))
+    else:
+        axis = q.spec.granularity.axis % codes.ndim
+        scales, points = np.asarray(q.scale, np.float64), np.asarray(q.zero_point, np.int64)
+        quantizer = (containers.Global(_PER_CHANNEL), scales, points, axis)
+    return containers.Call(REBUILD_QTENSOR, (codes, quantizer, False))
+
+
+def torch_dtype(spec: QuantSpec) -> str:
+    """Torch's name for the codes of a spec, such as `qint8`; qjax's own where torch has none."""
+    return _TORCH_NAMES.get(str(spec.format), str(spec.format))

@@ -1,0 +1,99 @@
+"""What every observer is: pure functions closed over a spec."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from qjax._qparams import QParams, channel_axis, choose_qparams
+from qjax._spec import PerChannel, QuantSpec
+
+State = Any  # a pytree of arrays; each observer names its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Observer(abc.ABC):
+    """Collects the statistics from which a range, and so the qparams, are chosen.
+
+    An observer is frozen and hashable, so it is static under `jit`; all that changes lives in the state it returns:
+
+        state = observer.init(x)               # shapes only; nothing has been seen yet
+        state = observer.update(state, x)      # jit, vmap and scan it as you like
+        state = observer.merge(a, b)           # two states that saw different data
+        qparams = observer.qparams(state)
+
+    Statistics are float32 and carry no gradient. The state's shape depends on the channels alone, never on how much data
+    there was.
+    """
+
+    spec: QuantSpec
+
+    #: Whether the range is found anew from each tensor, also when frozen: nothing is remembered between calls.
+    dynamic = False
+
+    @abc.abstractmethod
+    def init(self, x: ArrayLike) -> State:
+        """Return the state that has seen nothing; only the shape of x is used."""
+
+    @abc.abstractmethod
+    def update(self, state: State, x: ArrayLike) -> State:
+        """Return the state after x, too, was seen."""
+
+    @abc.abstractmethod
+    def merge(self, a: State, b: State) -> State:
+        """Return the state that has seen what a and b have seen."""
+
+    @abc.abstractmethod
+    def qparams(self, state: State) -> QParams:
+        """Choose qparams from what was seen; scale 1 and zero_point 0 where that is nothing, as torch does."""
+
+    @abc.abstractmethod
+    def is_calibrated(self, state: State) -> jax.Array:
+        """Whether the state has seen data: a bool array of shape `()`."""
+
+    def _check(self, x: ArrayLike, method: str) -> jax.Array:
+        x = jnp.asarray(x)
+        caller = f"{type(self).__name__}.{method}"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}.")
+        if isinstance(self.spec.granularity, PerChannel):
+            channel_axis(self.spec, x.ndim, caller)
+        return lax.stop_gradient(x)
+
+
+def channels(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:
+    """The shape of a statistic of x: `()` or `(channels,)`."""
+    if isinstance(spec.granularity, PerChannel):
+        return (x.shape[spec.granularity.axis],)
+    return ()
+
+
+def min_max_of(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Smallest and largest value, per tensor or per channel, as float32; NaN where there is one."""
+    axes = tuple(range(x.ndim))
+    if isinstance(spec.granularity, PerChannel):
+        axes = tuple(i for i in axes if i != spec.granularity.axis % x.ndim)
+    return jnp.min(x, axis=axes).astype(jnp.float32), jnp.max(x, axis=axes).astype(jnp.float32)
+
+
+def check_same_channels(state_shape: tuple[int, ...], x: jax.Array, spec: QuantSpec, caller: str) -> None:
+    """Statistics refuse a silent broadcast."""
+    if state_shape != channels(x, spec):
+        raise ValueError(
+            f"{caller}: the state has statistics of shape {state_shape}, but x of shape {x.shape} under {spec.granularity} "
+            f"has {channels(x, spec)}. Call init(x) for this tensor."
+        )
+
+
+def qparams_of_range(min_val: jax.Array, max_val: jax.Array, spec: QuantSpec) -> QParams:
+    """choose_qparams, with scale 1 and zero_point 0 for a range that has seen nothing (inf, -inf)."""
+    empty = (min_val == jnp.inf) & (max_val == -jnp.inf)
+    zero = jnp.float32(0)
+    chosen = choose_qparams(jnp.where(empty, zero, min_val), jnp.where(empty, zero, max_val), spec)
+    return QParams(jnp.where(empty, jnp.float32(1), chosen.scale), jnp.where(empty, jnp.int32(0), chosen.zero_point))

@@ -1,0 +1,7 @@
+"""Quantization of functions: trace (which value is a weight) → recipe (what to do with it) → interpret (do it)."""
+
+from qjax.transform._ops import OpInfo, OpTable
+from qjax.transform._prepare import Prepared, QuantVars, prepare
+from qjax.transform._recipe import Recipe, RecipeError, Rule
+
+__all__ = ["OpInfo", "OpTable", "Prepared", "QuantVars", "Recipe", "RecipeError", "Rule", "prepare"]

@@ -1,0 +1,263 @@
+"""Do it: evaluate a traced graph with the recipe's quantizers in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax._quantize import QTensor, dequantize, quantize_with_mask
+from qjax._requantize import add_bias, requantize_unclamped
+from qjax._spec import PerTensor
+from qjax.estimators import straight_through
+from qjax.observers import Observer
+from qjax.transform import _jaxpr
+from qjax.transform._product import multiply, unit_of
+from qjax.transform._recipe import Recipe, Rule
+from qjax.transform._trace import Constant, Graph, Node, Op
+from qjax.transform._values import Quantized, Scaled, Value, carry, thin, to_real
+
+Mode = Literal["init", "calibrate", "train", "eval"]
+Compute = Literal["codes", "dequantized"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What stays the same over one call: who is quantized how, and in which mode."""
+
+    recipe: Recipe
+    mode: Mode
+    compute: Compute
+
+
+class State(dict[str, Any]):
+    """Observer states by quantizer, with an error that says what is missing."""
+
+    def __missing__(self, key: str) -> Any:
+        known = ", ".join(self) or "nothing"
+        raise ValueError(
+            f"prepared: qvars has no state for {key!r}; it knows {known}. It was made by the init of another function or "
+            "recipe: call init again."
+        )
+
+
+class Interpreter:
+    """Evaluates a graph once. What it gathers on the way is read off it afterwards.
+
+    Attributes:
+      updates: The new observer states, by quantizer.
+      codes: The codes at each quantizer, by `"op/role"`.
+      inputs: For each op, where its operands come from: the name of a quantizer, or "float".
+      computed: For each op, how it was computed: "codes", "dequantized" or "float".
+      observed: The observer of each quantizer and the shape of what it sees.
+    """
+
+    def __init__(self, plan: Plan, state: Mapping[str, Any]) -> None:
+        self._plan = plan
+        self._state = State(state)
+        self.updates: dict[str, Any] = {}
+        self.codes: dict[str, QTensor] = {}
+        self.inputs: dict[str, tuple[str, str]] = {}
+        self.computed: dict[str, str] = {}
+        self.observed: dict[str, tuple[Observer, jax.ShapeDtypeStruct]] = {}
+
+    def run(self, graph: Graph, operands: Sequence[Value]) -> list[Value]:
+        """Evaluate the graph on values, one for each of its inputs."""
+        env: dict[int, Value] = dict(zip(graph.inputs, operands, strict=True))
+        env.update(graph.constants)
+        ends = {epilogue.end: name for name, epilogue in graph.epilogues.items()}
+
+        def read(operand: Any) -> Value:
+            return operand.value if isinstance(operand, Constant) else env[operand]
+
+        for node in graph.nodes:
+            values = [read(operand) for operand in node.inputs]
+            if node.op is not None:
+                results: Sequence[Value] = [self._op(node, node.op, values)]
+            elif node.body is not None:
+                results = self._call(node, node.body, values)
+            else:
+                results = self._equation(graph, node, values, env)
+            for output, result in zip(node.outputs, results, strict=True):
+                env[output] = self._output(ends[output], output, result) if output in ends else result
+        return [read(operand) for operand in graph.outputs]
+
+    # -- ops ---------------------------------------------------------------------------------------------------------
+
+    def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
+        rule = self._plan.recipe.rule_for(op.name)
+        operands = [self._operand(op, rule, i, value) for i, value in enumerate(values)]
+        self.inputs[op.name] = (_origin(operands[0]), _origin(operands[1]))
+        lhs, rhs = operands
+        both = all(isinstance(operand, Quantized) for operand in operands)
+        if both and self._plan.compute == "codes" and self._plan.mode != "calibrate":
+            out = node.eqn.outvars[0].aval
+            unit = unit_of(op.contraction, lhs, rhs, len(out.shape))
+            if unit is not None:
+                self.computed[op.name] = "codes"
+                return self._multiply(op, lhs, rhs, unit, out.dtype)
+        some = any(isinstance(operand, Quantized) for operand in operands)
+        self.computed[op.name] = "dequantized" if some else "float"
+        return _jaxpr.bind(node.eqn, [to_real(operand) for operand in operands])[0]
+
+    def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
+        return multiply(op.contraction, lhs, rhs, unit, dtype, exact=self._plan.mode == "eval")
+
+    def _operand(self, op: Op, rule: Rule | None, index: int, value: Value) -> Value:
+        role = operand_role(op, index)
+        if isinstance(value, Quantized):
+            result: Value = value
+        else:
+            observer = None
+            if rule is not None:
+                observer = rule.weight_observer if role == "weight" else rule.input_observer
+            if observer is None:
+                return to_real(value)
+            result = self._quantize(f"{op.name}/{role}", observer, value)
+        if result.codes is not None:
+            self.codes[f"{op.name}/{role}"] = result.tensor()
+        return result
+
+    def _output(self, name: str, value_id: int, value: Value) -> Value:
+        del value_id
+        rule = self._plan.recipe.rule_for(name)
+        observer = None if rule is None else rule.output_observer
+        if observer is None:
+            return value
+        result = self._quantize(f"{name}/output", observer, value)
+        if result.codes is not None:
+            self.codes[f"{name}/output"] = result.tensor()
+        return result
+
+    # -- quantizers --------------------------------------------------------------------------------------------------
+
+    def _quantize(self, key: str, observer: Observer, value: Value) -> Quantized:
+        real = to_real(value)
+        self.observed[key] = (observer, jax.ShapeDtypeStruct(real.shape, real.dtype))
+        mode = self._plan.mode
+        state = observer.init(real) if mode == "init" else self._state[key]
+        if mode in ("calibrate", "train") or (observer.dynamic and mode == "eval"):
+            state = observer.update(state, real)
+        self.updates[key] = state
+        spec = observer.spec
+        if mode == "calibrate":
+            return Quantized(real, None, None, spec, key, real.dtype)
+        qparams = observer.qparams(state)
+        if isinstance(value, Scaled) and isinstance(spec.granularity, PerTensor):
+            # What the deployed kernel would do with this accumulator. Training clips where the observer's range ends, as
+            # torch's fake-quant does; the kernel saturates at the limits of the format.
+            deployed = mode == "eval"
+            low = spec.format.quant_min if deployed else spec.quant_min
+            high = spec.format.quant_max if deployed else spec.quant_max
+            unclamped = requantize_unclamped(lax.stop_gradient(value.units), value.unit, qparams)
+            unclamped = jnp.where(jnp.isnan(unclamped), low - 1.0, unclamped)
+            in_range = (unclamped >= low) & (unclamped <= high)
+            codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
+        else:
+            codes, in_range = quantize_with_mask(real, qparams, spec, caller=f"prepare ({key})")
+        dequantized = dequantize(QTensor(codes, qparams.scale, qparams.zero_point, spec), real.dtype)
+        carrier = straight_through(real, lax.stop_gradient(dequantized), in_range)
+        return Quantized(carrier, codes, qparams, spec, key, real.dtype)
+
+    # -- everything else ---------------------------------------------------------------------------------------------
+
+    def _equation(self, graph: Graph, node: Node, values: list[Value], env: Mapping[int, Value]) -> Sequence[Value]:
+        structured = [i for i, value in enumerate(values) if isinstance(value, Scaled | Quantized)]
+        if len(structured) == 1:
+            value = values[structured[0]]
+            kept = carry(node, value)
+            if kept is None and isinstance(value, Scaled):
+                kept = self._add_bias(graph, node, structured[0], value, values, env)
+            if kept is not None:
+                return [kept]
+        return _jaxpr.bind(node.eqn, [to_real(value) for value in values])
+
+    def _add_bias(
+        self, graph: Graph, node: Node, index: int, value: Scaled, values: list[Value], env: Mapping[int, Value]
+    ) -> Scaled | None:
+        operand = node.inputs[1 - index] if len(node.inputs) == 2 else None
+        if node.eqn.primitive.name not in ("add", "add_any") or not isinstance(operand, int):
+            return None
+        if operand not in graph.weights:
+            return None
+        bias = to_real(values[1 - index])
+        if operand in graph.broadcasts:
+            source, dimensions = graph.broadcasts[operand]
+            bias = thin(to_real(env[source]), dimensions, value.units.ndim)
+        if bias.ndim != value.units.ndim:
+            return None
+        bias = bias.astype(jnp.float32)
+        if self._plan.mode == "eval":
+            units = add_bias(value.units, bias, value.unit)
+        else:  # a training step does not pay for an emulated FMA
+            units = value.units + bias / jnp.broadcast_to(
+                value.unit, jnp.broadcast_shapes(value.unit.shape, bias.shape)
+            )
+        return dataclasses.replace(value, units=units)
+
+    def _call(self, node: Node, body: Graph, values: list[Value]) -> Sequence[Value]:
+        """Evaluate a remat or custom_jvp call: states go in and come out as operands, so that nothing leaks."""
+        if self._plan.mode == "init":
+            return self._run_body(body, values, self._state)[0]
+        names = {op.name for op in body.ops()}
+        state = {key: value for key, value in self._state.items() if key.rpartition("/")[0] in names}
+        if _jaxpr.is_remat(node.eqn):
+            call = _jaxpr.rematerialize(node.eqn, lambda values, state: self._run_body(body, values, state))
+            results, updates, codes = call(values, state)
+        else:
+            results, updates, codes = self._custom_jvp(node, body, [to_real(value) for value in values], state)
+        self.updates.update(updates)
+        self.codes.update(codes)
+        return results
+
+    def _run_body(
+        self, body: Graph, values: Sequence[Value], state: Mapping[str, Any]
+    ) -> tuple[list[Value], dict[str, Any], dict[str, QTensor]]:
+        inner = Interpreter(self._plan, state)
+        results = inner.run(body, values)
+        # These hold no arrays, so they may leave the call by the side.
+        self.inputs.update(inner.inputs)
+        self.computed.update(inner.computed)
+        self.observed.update(inner.observed)
+        if self._plan.mode == "init":
+            self.updates.update(inner.updates)
+            self.codes.update(inner.codes)
+        return results, inner.updates, inner.codes
+
+    def _custom_jvp(self, node: Node, body: Graph, values: list[Any], state: Mapping[str, Any]) -> Any:
+        """The value is the quantized one; the derivative is the rule that the function's author gave, on its float operands."""
+
+        @jax.custom_jvp
+        def call(values: list[Any], state: Mapping[str, Any]) -> Any:
+            results, updates, codes = self._run_body(body, values, state)
+            return [to_real(result) for result in results], updates, codes
+
+        @call.defjvp
+        def rule(primals: Any, tangents: Any) -> Any:
+            out = call(*primals)
+            _, outer = jax.jvp(lambda *operands: _jaxpr.bind(node.eqn, operands), tuple(primals[0]), tuple(tangents[0]))
+            rest = jax.tree.map(_zero_tangent, out[1:])
+            return out, (outer, *rest)
+
+        return call(values, state)
+
+
+def _zero_tangent(value: Any) -> Any:
+    return jax.numpy.zeros(
+        value.shape, jax.dtypes.float0 if not jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
+    )
+
+
+def _origin(value: Value) -> str:
+    return value.quantizer if isinstance(value, Quantized) else "float"
+
+
+def operand_role(op: Op, index: int) -> str:
+    """What an operand is to its op: "weight" or "input", or "lhs" and "rhs" between two activations."""
+    if op.weight is None:
+        return ("lhs", "rhs")[index]
+    return "weight" if op.weight == index else "input"

@@ -1,0 +1,230 @@
+"""prepare: quantization as a transformation of functions, like `jax.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import jax
+import numpy as np
+
+from qjax._qparams import is_concrete
+from qjax._quantize import QTensor
+from qjax.transform._interpret import Compute, Interpreter, Mode, Plan, operand_role
+from qjax.transform._ops import OpTable, op_table
+from qjax.transform._recipe import Recipe
+from qjax.transform._trace import Trace, trace
+from qjax.transform._values import to_real
+
+CallMode = Literal["calibrate", "train", "eval"]
+
+
+class QuantVars(NamedTuple):
+    """What the quantizers of a prepared function know; a pytree."""
+
+    params: dict[str, Any]  # trainable quantizer parameters by quantizer; empty for observers
+    state: dict[str, Any]  # observer states by quantizer, such as "Dense_0/input"
+
+
+def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, compute: Compute = "codes") -> Prepared:
+    """Quantize a JAX function by rewriting its jaxpr: no edits to the model, no layer classes to swap in.
+
+    The function is traced at every call and its dots and convolutions are evaluated as the recipe says. Those at top
+    level and inside `jit`, `jax.checkpoint` and `jax.custom_jvp` are quantized; those inside other calls (scan, while,
+    cond, custom_vjp, kernels) are left in float and listed by `prepared.ops`. A custom_jvp function keeps its author's
+    derivative rule, evaluated in float.
+
+    An operand is a weight when it comes from a leaf of argument `params_argnum` through layout- and dtype-changing
+    primitives alone. An op is named after the path of its weight without the last part (`Dense_0`), or after the scope it
+    is traced in; a second op of the same name is called `Dense_0:1`.
+
+    With `compute="codes"` an op whose two operands are quantized multiplies integer codes, which is exact, and rescales
+    once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the
+    next quantizer sees what the deployed fbgemm kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale
+    varies along a contracted axis, or with `compute="dequantized"`, the dequantized operands are multiplied instead.
+    Codes are kept for the backward pass, a byte an element, by a custom_vjp; use `"dequantized"` for forward-mode
+    derivatives.
+
+    Args:
+      fn: Any function of arrays; `fn(params, *args) -> out`. Arguments that are not arrays (bool, int, str, None, …)
+        are passed on as they are.
+      recipe: Which ops are quantized how.
+      params_argnum: Which argument holds the parameters.
+      compute: `"codes"` or `"dequantized"`.
+
+    Returns:
+      A `Prepared` function.
+
+    Raises:
+      TypeError: fn is not callable or recipe is not a Recipe.
+      ValueError: An unknown `compute`, or a negative `params_argnum`.
+
+    Examples:
+      >>> import jax.numpy as jnp, qjax
+      >>> def fn(params, x):
+      ...     return x @ params["dense"]["w"]
+      >>> w8 = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(-1))
+      >>> recipe = qjax.Recipe([qjax.Rule(".*", weight=w8, input=qjax.QuantSpec(qjax.uint8))])
+      >>> prepared = qjax.prepare(fn, recipe)
+      >>> params, x = {"dense": {"w": jnp.eye(2)}}, jnp.array([[0.1, 1.0]])
+      >>> qvars = prepared.init(params, x)
+      >>> out, qvars = prepared(qvars, params, x, mode="train")
+      >>> print(out.round(3))
+      [[0.098 0.996]]
+    """
+    return Prepared(fn, recipe, params_argnum=params_argnum, compute=compute)
+
+
+class Prepared:
+    """A quantized function; see `prepare`. It holds no arrays: what changes is in the `QuantVars` it takes and returns."""
+
+    def __init__(self, fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int, compute: Compute) -> None:
+        if not callable(fn):
+            raise TypeError(f"prepare: fn must be callable, got {fn!r} of type {type(fn).__name__}.")
+        if not isinstance(recipe, Recipe):
+            raise TypeError(
+                f"prepare: recipe must be a qjax.Recipe, got {type(recipe).__name__}. Wrap rules as qjax.Recipe([...])."
+            )
+        if isinstance(params_argnum, bool) or not isinstance(params_argnum, int) or params_argnum < 0:
+            raise ValueError(f"prepare: params_argnum must be an int >= 0, got {params_argnum!r}.")
+        if compute not in get_args(Compute):
+            raise ValueError(f"prepare: compute must be one of {get_args(Compute)}, got {compute!r}.")
+        self.fn = fn
+        self.recipe = recipe
+        self.params_argnum = params_argnum
+        self.compute: Compute = compute
+        self.signature: tuple[Any, ...] | None = None  # of the last call: shapes only, for `convert`
+
+    def init(self, *args: Any) -> QuantVars:
+        """Return the quantizer variables before anything was observed; only shapes matter.
+
+        Args:
+          *args: As for fn, parameters included.
+
+        Raises:
+          RecipeError: A rule matches no op.
+        """
+        interpreter = self._abstract(args)
+        state = {
+            key: observer.init(jax.numpy.zeros(seen.shape, seen.dtype))
+            for key, (observer, seen) in interpreter.observed.items()
+        }
+        return QuantVars({}, state)
+
+    def __call__(self, qvars: QuantVars, *args: Any, mode: CallMode = "train") -> tuple[Any, QuantVars]:
+        """Evaluate the quantized function.
+
+        Args:
+          qvars: From `init`, or from an earlier call.
+          *args: As for fn, parameters included.
+          mode: `"calibrate"` observes and computes in float; `"train"` observes and quantizes, with straight-through
+            gradients; `"eval"` quantizes with what was observed and leaves `qvars` as they are.
+
+        Returns:
+          What fn returns, and the new `QuantVars`.
+
+        Raises:
+          ValueError: An unknown mode, `qvars` of another function or recipe, or "eval" before anything was observed.
+        """
+        out, updates, _ = self._evaluate(qvars, args, mode)
+        return out, qvars if mode == "eval" else QuantVars(qvars.params, {**qvars.state, **updates})
+
+    def codes(self, qvars: QuantVars, *args: Any) -> dict[str, QTensor]:
+        """Return the integer codes at every quantizer in "eval" mode, by `"op/weight"`, `"op/input"` and `"op/output"`."""
+        return self._evaluate(qvars, args, "eval")[2]
+
+    def ops(self, *args: Any) -> OpTable:
+        """Return the table of the ops of fn: what each is called, is, and what the recipe makes of it; shapes only matter."""
+        return op_table(self.trace(*args), self.recipe, self._abstract(args))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def trace(self, *args: Any) -> Trace:
+        """Trace fn on these arguments and check the recipe against its ops."""
+        if len(args) <= self.params_argnum:
+            raise TypeError(
+                f"prepare: params_argnum is {self.params_argnum}, but the function got {len(args)} argument(s). "
+                "The quantizer variables come first, then all arguments of fn: prepared(qvars, params, x)."
+            )
+        leaves, in_tree = jax.tree.flatten(tuple(args))
+        is_array = [_is_array(leaf) for leaf in leaves]
+        self.signature = jax.tree.unflatten(
+            in_tree, [_shape(leaf) if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)]
+        )
+        # Each argument keeps its place and loses the leaves that are not arrays, which the function closes over.
+        dynamic = jax.tree.unflatten(
+            in_tree, [leaf if traced else None for leaf, traced in zip(leaves, is_array, strict=True)]
+        )
+
+        def call(*dynamic_args: Any) -> Any:
+            arrays = iter(jax.tree.leaves(dynamic_args))
+            whole = [next(arrays) if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)]
+            return self.fn(*jax.tree.unflatten(in_tree, whole))
+
+        traced = trace(call, self.params_argnum, dynamic)
+        self.recipe.check([op.name for op in traced.graph.ops()])
+        return traced
+
+    @staticmethod
+    def array_leaves(args: Sequence[Any]) -> list[Any]:
+        """The leaves that the traced function takes, in its order."""
+        return [leaf for leaf in jax.tree.leaves(tuple(args)) if _is_array(leaf)]
+
+    def _abstract(self, args: Sequence[Any]) -> Interpreter:
+        traced = self.trace(*args)
+        interpreter = Interpreter(Plan(self.recipe, "init", self.compute), {})
+        jax.eval_shape(
+            lambda *leaves: [to_real(value) for value in interpreter.run(traced.graph, leaves)],
+            *self.array_leaves(args),
+        )
+        return interpreter
+
+    def _evaluate(
+        self, qvars: QuantVars, args: Sequence[Any], mode: str
+    ) -> tuple[Any, dict[str, Any], dict[str, QTensor]]:
+        if mode not in get_args(CallMode):
+            raise ValueError(
+                f"prepared: unknown mode {mode!r}; the modes are {', '.join(map(repr, get_args(CallMode)))}."
+            )
+        if not isinstance(qvars, QuantVars):
+            raise TypeError(
+                f"prepared: the first argument must be the QuantVars from init, got {type(qvars).__name__}. "
+                "Call prepared(qvars, params, x)."
+            )
+        traced = self.trace(*args)
+        if mode == "eval":
+            check_calibrated(self.recipe, traced, qvars)
+        interpreter = Interpreter(Plan(self.recipe, cast(Mode, mode), self.compute), qvars.state)
+        outputs = interpreter.run(traced.graph, self.array_leaves(args))
+        out = jax.tree.unflatten(traced.out_tree, [to_real(value) for value in outputs])
+        return out, interpreter.updates, interpreter.codes
+
+
+def check_calibrated(recipe: Recipe, traced: Trace, qvars: QuantVars) -> None:
+    """Raise when a quantizer that is to be frozen has seen nothing; concrete states only."""
+    for op in traced.graph.ops():
+        rule = recipe.rule_for(op.name)
+        if rule is None:
+            continue
+        roles = {operand_role(op, i): rule.input_observer for i in (0, 1)} | {"output": rule.output_observer}
+        if op.weight is not None:
+            roles["weight"] = rule.weight_observer
+        for role, observer in roles.items():
+            state = qvars.state.get(f"{op.name}/{role}")
+            if state is None or observer is None or observer.dynamic or not is_concrete(*jax.tree.leaves(state)):
+                continue
+            if not bool(observer.is_calibrated(state)):
+                raise ValueError(
+                    f"prepared: the {role} of {op.name} has observed nothing, so it has no range to quantize with. Run "
+                    'some batches with mode="calibrate" or mode="train" first.'
+                )
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct)
+
+
+def _shape(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))

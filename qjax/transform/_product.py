@@ -1,0 +1,104 @@
+"""A dot or convolution computed on codes, with the gradient of the dequantized one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax._qparams import expand
+from qjax._spec import PerChannel, QuantSpec
+from qjax.transform._contraction import Contraction, sum_of_products
+from qjax.transform._values import Quantized, Scaled
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    op: Contraction
+    specs: tuple[QuantSpec, QuantSpec]
+    exact: bool
+
+
+def unit_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> jax.Array | None:
+    """What one unit of the accumulator is worth: `scale_lhs · scale_rhs`, laid out for the output.
+
+    None where a scale varies along a contracted axis, so that it cannot be taken out of the sum.
+    """
+    ndims = (lhs.ndim, rhs.ndim)
+    factors: list[jax.Array] = []
+    for operand, value in enumerate((lhs, rhs)):
+        assert value.qparams is not None
+        scale = value.qparams.scale
+        if isinstance(value.spec.granularity, PerChannel):
+            axis = op.output_axis(operand, value.spec.granularity.axis % ndims[operand], ndims)
+            if axis is None:
+                return None
+            scale = scale.reshape(tuple(-1 if i == axis else 1 for i in range(out_ndim)))
+        factors.append(scale)
+    return lax.stop_gradient(factors[0] * factors[1])
+
+
+def multiply(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: object, *, exact: bool) -> Scaled:
+    """Sum the products `(q_lhs - z_lhs)(q_rhs - z_rhs)`; the result stands for `units · unit`.
+
+    Args:
+      op: The dot or convolution.
+      lhs: Left operand, with codes.
+      rhs: Right operand, with codes.
+      unit: From `unit_of`.
+      dtype: Of the real result.
+      exact: Keep sums exact whatever their length, as the integer kernel does; else float32 may round a long one.
+    """
+    assert lhs.codes is not None
+    assert rhs.codes is not None
+    static = _Static(op, (lhs.spec, rhs.spec), exact)
+    units: jax.Array = _multiply(static, lhs.carrier, rhs.carrier, lhs.codes, rhs.codes, lhs.qparams, rhs.qparams)
+    return Scaled(units, unit, dtype)
+
+
+def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
+    """`q - zero_point` as float32: whole numbers, exact."""
+    if spec.symmetric and spec.format.signed:
+        return codes.astype(jnp.float32)
+    return codes.astype(jnp.float32) - expand(zero_point.astype(jnp.float32), spec, codes.ndim, "prepare")
+
+
+def _largest(spec: QuantSpec) -> int:
+    """The largest magnitude of `q - zero_point`."""
+    low, high = spec.format.quant_min, spec.format.quant_max
+    return max(-low, high) if spec.symmetric and spec.format.signed else high - low
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams):  # type: ignore[no-untyped-def]
+    del lhs, rhs  # they carry the gradient; the value is that of the codes
+    left = shifted(lhs_codes, lhs_qparams.zero_point, static.specs[0])
+    right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
+    if not static.exact:
+        return static.op(left, right, jnp.float32)
+    return sum_of_products(static.op, left, right, _largest(static.specs[0]) * _largest(static.specs[1]))
+
+
+def _multiply_fwd(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams):  # type: ignore[no-untyped-def]
+    units = _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams)
+    # A byte an element is all that the backward pass needs; the empty arrays remember two dtypes.
+    dtypes = jnp.zeros((0,), lhs.dtype), jnp.zeros((0,), rhs.dtype)
+    return units, (lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, dtypes)
+
+
+def _multiply_bwd(static, residuals, cotangent):  # type: ignore[no-untyped-def]
+    lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, dtypes = residuals
+    left = shifted(lhs_codes, lhs_qparams.zero_point, static.specs[0])
+    right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
+    (to_left,) = jax.linear_transpose(lambda a: static.op(a, right, jnp.float32), left)(cotangent)
+    (to_right,) = jax.linear_transpose(lambda b: static.op(left, b, jnp.float32), right)(cotangent)
+    # The cotangent is per unit, and a real is a code times its scale.
+    to_left = to_left * expand(1.0 / lhs_qparams.scale, static.specs[0], left.ndim, "prepare")
+    to_right = to_right * expand(1.0 / rhs_qparams.scale, static.specs[1], right.ndim, "prepare")
+    return to_left.astype(dtypes[0].dtype), to_right.astype(dtypes[1].dtype), None, None, None, None
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)

@@ -1,0 +1,153 @@
+"""What a value is between two ops: a plain array, a sum of products in its own units, or a quantized tensor.
+
+A float array can stand for any of them (`to_real`), and does wherever an equation is not known to keep the structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax._qparams import QParams
+from qjax._quantize import QTensor
+from qjax._spec import PerTensor, QuantSpec
+from qjax.transform import _jaxpr
+from qjax.transform._trace import Node
+
+#: Equations that pick or move elements of their one operand; on codes they do what they do on reals.
+LAYOUT = frozenset(
+    {"broadcast_in_dim", "copy", "copy_p", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose"}
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A result that is not rescaled yet: it stands for `units · unit`.
+
+    The deployed kernel adds its bias and rounds to the next codes in accumulator units, so a simulation that wants
+    the same codes has to stay in them until it knows what comes next.
+    """
+
+    units: jax.Array  # float32; whole numbers until a bias is added
+    unit: jax.Array  # float32, () or of the rank of units and broadcastable to it
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of the real it stands for
+
+    def real(self) -> jax.Array:
+        """The real that it stands for."""
+        return (self.units * lax.stop_gradient(self.unit)).astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A value that a quantizer has seen: its codes, and the dequantized reals, which carry the gradient.
+
+    While calibrating nothing is rounded: codes and qparams are None, and the value only remembers its quantizer. In an
+    integer program there is no gradient to carry: carrier is None.
+    """
+
+    carrier: jax.Array | None
+    codes: jax.Array | None
+    qparams: QParams | None
+    spec: QuantSpec = dataclasses.field(metadata={"static": True})
+    quantizer: str = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of the real it stands for
+
+    def real(self) -> jax.Array:
+        """The dequantized reals."""
+        return self.carrier if self.carrier is not None else self.tensor().dequantize(self.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the value."""
+        array = self.codes if self.codes is not None else self.carrier
+        assert array is not None
+        return array.ndim
+
+    def tensor(self) -> QTensor:
+        """The codes and what they mean."""
+        assert self.codes is not None
+        assert self.qparams is not None
+        return QTensor(self.codes, self.qparams.scale, self.qparams.zero_point, self.spec)
+
+
+Value = Any  # jax.Array | Scaled | Quantized
+
+
+def to_real(value: Value) -> Any:
+    """The float array that a value stands for."""
+    return value.real() if isinstance(value, Scaled | Quantized) else value
+
+
+def thin(source: Any, dimensions: tuple[int, ...], ndim: int) -> Any:
+    """A broadcast array without the broadcast: size 1 where it would repeat."""
+    shape = [1] * ndim
+    for size, axis in zip(source.shape, dimensions, strict=True):
+        shape[axis] = size
+    return lax.broadcast_in_dim(source, shape, dimensions)
+
+
+def carry(node: Node, value: Value) -> Value | None:
+    """Apply a one-operand equation to a structured value without giving up its structure; None where that cannot be."""
+    if isinstance(value, Quantized):
+        return _carry_quantized(node, value)
+    if isinstance(value, Scaled):
+        return _carry_scaled(node, value)
+    return None
+
+
+def _is_pool_or_layout(node: Node, ndim: int) -> bool:
+    return node.eqn.primitive.name in LAYOUT or _jaxpr.pooled_axes(node.eqn, ndim) is not None
+
+
+def _carry_quantized(node: Node, value: Quantized) -> Quantized | None:
+    if not isinstance(value.spec.granularity, PerTensor):
+        return None  # the channel axis may move; nothing here follows it yet
+    dtype = _jaxpr.new_dtype(node.eqn)
+    is_cast = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    is_pool_or_layout = _is_pool_or_layout(node, value.ndim) and len(node.inputs) == 1
+    if not (is_cast or node.is_relu or is_pool_or_layout):
+        return None
+
+    def apply(array: jax.Array) -> jax.Array:
+        operands = [array if isinstance(operand, int) else operand.value for operand in node.inputs]
+        return _jaxpr.bind(node.eqn, operands)[0]
+
+    carrier = None if value.carrier is None else apply(value.carrier)
+    codes = value.codes
+    if codes is not None and node.is_relu:
+        assert value.qparams is not None
+        codes = jnp.maximum(codes, value.qparams.zero_point.astype(codes.dtype))
+    elif codes is not None and not is_cast:
+        codes = apply(codes)
+    return dataclasses.replace(value, carrier=carrier, codes=codes, dtype=dtype if is_cast else value.dtype)
+
+
+def _carry_scaled(node: Node, value: Scaled) -> Scaled | None:
+    dtype = _jaxpr.new_dtype(node.eqn)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        return dataclasses.replace(value, dtype=dtype)
+    if node.is_relu:
+        # relu(units · unit) = relu(units) · unit, since a unit is positive. The equation itself is bound, with the
+        # derivative rule that its author gave it; it is typed, hence the test.
+        if value.dtype != jnp.float32:
+            return None
+        operands = [value.units if isinstance(operand, int) else operand.value for operand in node.inputs]
+        return dataclasses.replace(value, units=_jaxpr.bind(node.eqn, operands)[0])
+    if not _is_pool_or_layout(node, value.units.ndim) or len(node.inputs) != 1:
+        return None
+    unit = value.unit
+    pooled = _jaxpr.pooled_axes(node.eqn, value.units.ndim)
+    if unit.ndim and pooled is not None:
+        if any(unit.shape[axis] != 1 for axis in pooled):
+            return None  # elements of different units cannot be compared
+        if _jaxpr.removes_axes(node.eqn):
+            unit = lax.squeeze(unit, pooled)
+    elif unit.ndim:
+        unit = _jaxpr.bind(node.eqn, [jnp.broadcast_to(unit, value.units.shape)])[0]
+    return Scaled(_jaxpr.bind(node.eqn, [value.units])[0], unit, value.dtype)
