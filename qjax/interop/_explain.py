@@ -96,10 +96,11 @@ def _table(points: Sequence[Point]) -> Table:
         table.add_column(header, justify="left" if header in ("tensor", "codes") else "right", overflow="fold")
     for point in points:
         shape = "" if point.shape is None else " " + "x".join(map(str, point.shape))
-        axis = "" if point.axis is None else f"\naxis {point.axis}, {len(point.scale)} channels"
+        granularity, symmetry = point.scheme.split()
+        axis = "" if point.axis is None else f"({point.axis})"
         table.add_row(
             Text(_printable(point.name) + f"\n{point.role}{shape}"),
-            f"{point.dtype} {point.quant_min}..{point.quant_max}\n{point.scheme}{axis}",
+            f"{point.dtype} {granularity}{axis}\n{point.quant_min}..{point.quant_max} {symmetry}",
             _span(point.scale),
             _span(point.zero_point),
             f"{point.real_min:.4g}\n.. {point.real_max:.4g}",

@@ -50,14 +50,14 @@ def _from_rebuild(node: containers.Call, place: str) -> Any:
     scheme = quantizer[0].name
     if scheme == _PER_TENSOR:
         scale, zero_point = np.float32(quantizer[1]), np.int32(quantizer[2])
-        symmetric = spec.format.signed and zero_point == 0
+        symmetric = spec.format.signed and int(quantizer[2]) == 0
         return _qtensor(codes, scale, zero_point, spec.replace(symmetric=symmetric), place)
     if scheme != _PER_CHANNEL:
         return node
     scales, zero_points, axis = quantizer[1:]
     if not jnp.issubdtype(zero_points.dtype, jnp.integer):
         return node  # float_qparams are written under the same scheme
-    symmetric = spec.format.signed and not np.any(zero_points)
+    symmetric = spec.format.signed and not bool(np.any(zero_points))
     spec = spec.replace(symmetric=symmetric, granularity=PerChannel(axis))
     return _qtensor(codes, np.asarray(scales, np.float32), np.asarray(zero_points, np.int32), spec, place)
 

@@ -1,0 +1,151 @@
+"""load and save, without torch."""
+
+import zipfile
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qjax
+from qjax import containers
+from tests.interop.programs import affine, qtensor
+
+
+def assert_same(loaded, saved):
+    assert isinstance(loaded, qjax.QTensor)
+    np.testing.assert_array_equal(loaded.codes, saved.codes)
+    assert loaded.codes.dtype == saved.codes.dtype
+    np.testing.assert_array_equal(loaded.scale, saved.scale)
+    np.testing.assert_array_equal(loaded.zero_point, saved.zero_point)
+    np.testing.assert_array_equal(loaded.dequantize(), saved.dequantize())
+
+
+@pytest.mark.parametrize(
+    "q", [qtensor(), qtensor((3, 4, 5), axis=0), qtensor((3, 4, 5), axis=-1), affine(), affine(()), affine((0, 3))]
+)
+def test_quantized_tensors_come_back(tmp_path, q):
+    qjax.interop.save(tmp_path / "a.pt", {"w": q})
+    loaded = qjax.interop.load(tmp_path / "a.pt")["w"]
+    assert_same(loaded, q)
+    if isinstance(q.spec.granularity, qjax.PerChannel):
+        assert loaded.spec.granularity == qjax.PerChannel(q.spec.granularity.axis % q.codes.ndim)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "int16", "uint8", "int8", "bool"])
+def test_arrays_come_back(tmp_path, dtype):
+    array = np.arange(-6, 6).reshape(3, 4).astype(dtype)
+    qjax.interop.save(tmp_path / "a.pt", {"x": array, "t": array.T})
+    loaded = qjax.interop.load(tmp_path / "a.pt")
+    for name, wanted in (("x", array), ("t", array.T)):
+        np.testing.assert_array_equal(loaded[name], wanted)
+        assert loaded[name].dtype == wanted.dtype
+
+
+def test_bfloat16_keeps_its_bits(tmp_path):
+    x = jnp.asarray([1.0, -0.0, 3.3895314e38, jnp.nan, jnp.inf], jnp.bfloat16)
+    qjax.interop.save(tmp_path / "a.pt", {"x": x})
+    loaded = qjax.interop.load(tmp_path / "a.pt")["x"]
+    assert loaded.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(loaded.view(np.uint16), np.asarray(x).view(np.uint16))
+
+
+def test_scalars_and_nested_values_get_dotted_names(tmp_path):
+    values = {"epoch": 3, "lr": 0.5, "name": "net", "done": True, "model": {"w": qtensor()}, "pair": (1, [2.5, None])}
+    qjax.interop.save(tmp_path / "a.pt", values)
+    loaded = qjax.interop.load(tmp_path / "a.pt")
+    assert {name: loaded[name] for name in loaded if name != "model.w"} == {
+        "epoch": 3,
+        "lr": 0.5,
+        "name": "net",
+        "done": True,
+        "pair.0": 1,
+        "pair.1.0": 2.5,
+        "pair.1.1": None,
+    }
+    assert_same(loaded["model.w"], values["model"]["w"])
+
+
+def test_packed_parameters_are_unpacked(tmp_path):
+    weight, bias = qtensor(axis=0), np.ones(4, np.float32)
+    qjax.interop.save(tmp_path / "a.pt", {"fc._packed_params._packed_params": (weight, bias)})
+    loaded = qjax.interop.load(tmp_path / "a.pt")
+    assert list(loaded) == ["fc.weight", "fc.bias"]
+    assert_same(loaded["fc.weight"], weight)
+    qjax.interop.save(tmp_path / "a.pt", {"_packed_params._packed_params": (weight, None)})
+    assert list(qjax.interop.load(tmp_path / "a.pt")) == ["weight"]
+
+
+def test_metadata_is_kept(tmp_path):
+    versions = {"": {"version": 1}, "fc": {"version": 3}}
+    qjax.interop.save(tmp_path / "a.pt", {"x": np.zeros(1)}, metadata=versions)
+    assert qjax.interop.load(tmp_path / "a.pt").metadata == versions
+
+
+def test_dialect_is_recognised(tmp_path):
+    qjax.interop.save(tmp_path / "a.pt", {"x": np.zeros(1)})
+    assert qjax.interop.load(tmp_path / "a.pt").dialect == "plain"
+    qjax.interop.save(tmp_path / "a.pt", {"x": qtensor()})
+    assert qjax.interop.load(tmp_path / "a.pt").dialect == "eager_static"
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path):
+    qjax.interop.save(tmp_path / "a.pt", {"weight": np.zeros(1), "bias": np.zeros(1)})
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    with pytest.raises(KeyError, match=r"no tensor 'wieght'; it has weight, bias"):
+        checkpoint["wieght"]
+
+
+def test_formats_that_torch_has_not_are_refused_and_nothing_is_written(tmp_path):
+    path = tmp_path / "a.pt"
+    qjax.interop.save(path, {"x": np.zeros(1)})
+    before = path.read_bytes()
+    spec = qjax.QuantSpec(qjax.int4, symmetric=True)
+    q4 = qjax.quantize(jnp.ones(3), qjax.QParams(jnp.float32(1), jnp.int32(0)), spec)
+    with pytest.raises(ValueError, match=r"layer.w: torch has no quantized tensor for int4; it has qint8 and quint8"):
+        qjax.interop.save(path, {"layer": {"w": q4}})
+    with pytest.raises((TypeError, ValueError), match=r"(?s)x.*object"):
+        qjax.interop.save(path, {"x": np.asarray([object()])})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_scales_that_cannot_be_are_refused(tmp_path, scale, axis):
+    q = qtensor(axis=axis)
+    bad = np.full(np.shape(q.scale), scale, np.float32)
+    qjax.interop.save(tmp_path / "a.pt", {"w": qjax.QTensor(q.codes, bad, q.zero_point, q.spec)})
+    with pytest.raises(containers.FormatError, match=r"w: a scale is .*expected positive and finite"):
+        qjax.interop.load(tmp_path / "a.pt")
+
+
+def test_a_file_that_is_no_state_dict_says_what_it_is(tmp_path):
+    containers.write_torch_zip(tmp_path / "a.pt", [1, 2])
+    with pytest.raises(containers.FormatError, match=r"holds a list, expected a state dict"):
+        qjax.interop.load(tmp_path / "a.pt")
+
+
+def test_cut_files_and_foreign_files_are_refused(tmp_path):
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    qjax.interop.save(whole, {"w": qtensor((64, 64))})
+    data = whole.read_bytes()
+    for size in (0, 1, 100, len(data) // 2, len(data) - 1):
+        cut.write_bytes(data[:size])
+        with pytest.raises(containers.FormatError, match=r"cut\.pt"):
+            qjax.interop.load(cut)
+    cut.write_text("not a checkpoint")
+    with pytest.raises(containers.FormatError, match=r"expected a torch\.save ZIP"):
+        qjax.interop.load(cut)
+
+
+def test_a_global_outside_the_allow_list_is_named_and_not_run(tmp_path):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    pickle = b"\x80\x02cos\nsystem\nX" + len(f"touch {trace}").to_bytes(4, "little") + f"touch {trace}".encode()
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("evil/data.pkl", pickle + b"\x85R.")
+        file.writestr("evil/version", "3\n")
+        file.writestr("evil/byteorder", "little")
+    with pytest.raises(containers.FormatError, match=r"(?s)os\.system.*(nothing|Nothing).*executed"):
+        qjax.interop.load(path)
+    assert not trace.exists()

@@ -1,0 +1,103 @@
+"""From an integer program to torch's eager-static state dict; what torch makes of it is in test_torch.py."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+import qjax
+from qjax.interop import Conv2d, Linear, eager_static
+from tests.interop.programs import A8, ENTRY, MODULES, W8, program
+
+
+def test_keys_and_versions_are_torchs():
+    state = eager_static(program(), MODULES)
+    conv = ["weight", "bias", "scale", "zero_point"]
+    linear = ["scale", "zero_point", "_packed_params.dtype", "_packed_params._packed_params"]
+    assert list(state) == ["quant.scale", "quant.zero_point"] + [
+        f"{name}.{key}"
+        for name, keys in (("conv1", conv), ("conv2", conv), ("fc1", linear), ("fc2", linear))
+        for key in keys
+    ]
+    assert state.metadata["fc1"] == state.metadata["fc1._packed_params"] == {"version": 3}
+    assert state["quant.scale"].shape == (1,)
+    assert state["conv1.scale"].shape == ()
+    assert state["conv1.zero_point"].dtype == np.int64
+
+
+def test_kernels_are_turned_and_the_flattened_inputs_permuted():
+    integer = program()
+    state = eager_static(integer, MODULES)
+    ops = {op.name: op for op in integer.ops}
+    kernel = np.asarray(ops["Conv_1"].weight.codes)
+    for out, into, row, column in ((0, 0, 0, 0), (5, 3, 2, 1), (2, 1, 0, 2)):
+        assert state["conv2.weight"].codes[out, into, row, column] == kernel[row, column, into, out]
+    dense = np.asarray(ops["Dense_0"].weight.codes)
+    weight, bias = state["fc1._packed_params._packed_params"]
+    height, width, channels = MODULES["Dense_0"].flattened
+    for row, column, channel in ((0, 0, 0), (1, 2, 5), (0, 2, 1)):
+        ours = (row * width + column) * channels + channel
+        torchs = (channel * height + row) * width + column
+        np.testing.assert_array_equal(weight.codes[:, torchs], dense[ours])
+    assert weight.spec.granularity == qjax.PerChannel(0)
+    np.testing.assert_array_equal(weight.scale, ops["Dense_0"].weight.scale)
+    np.testing.assert_array_equal(bias, np.asarray(ops["Dense_0"].bias).reshape(-1))
+    plain, _ = state["fc2._packed_params._packed_params"]
+    np.testing.assert_array_equal(plain.codes, np.asarray(ops["Dense_1"].weight.codes).T)
+
+
+def test_no_quantize_module_where_none_is_asked_for():
+    assert not [key for key in eager_static(program(), MODULES, quantize=None) if key.startswith("quant")]
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({**MODULES, "Dense_7": Linear("x")}, "has no op 'Dense_7'; its ops are Conv_0, Conv_1, Dense_0, Dense_1"),
+        ({k: v for k, v in MODULES.items() if k != "Conv_1"}, "does not say what op 'Conv_1' becomes"),
+        ({**MODULES, "Dense_1": Linear("fc1")}, "two ops become the same torch module"),
+        ({**MODULES, "Dense_1": Conv2d("fc2")}, "Dense_1 is a dot of rank 2, not a 2-D convolution"),
+        ({**MODULES, "Conv_0": Linear("conv1")}, "Conv_0 is a conv whose weight"),
+        ({**MODULES, "Dense_0": Linear("fc1", flattened=(3, 3, 6))}, "Dense_0 has 36 inputs, but Linear('fc1', "
+         "flattened=(3, 3, 6)) says 54"),
+    ],
+)  # fmt: skip
+def test_a_wrong_mapping_is_explained(modules, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        eager_static(program(), modules)
+
+
+W4 = qjax.QuantSpec(qjax.int4, symmetric=True, granularity=qjax.PerChannel(-1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": W4}, "the weight of Conv_0 is int4 symmetric per_channel(-1); torch's fbgemm kernels want int8"),
+        ({"weight": W8.replace(symmetric=False)}, "the weight of Conv_0 is int8 affine"),
+        ({"activation": qjax.QuantSpec(qjax.int8)}, "the output of Conv_0 is int8 affine per_tensor"),
+        ({"activation": qjax.QuantSpec(qjax.uint4)}, "the output of Conv_0 is uint4 affine per_tensor"),
+        ({"entry": None}, "the input of Conv_0 is not quantized"),
+        ({"rules": (qjax.Rule("Dense_1", weight=W8),)}, "the output of Dense_1 is not quantized"),
+    ],
+)
+def test_what_torch_cannot_hold_is_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        eager_static(program(**changes), MODULES)
+
+
+def test_a_weight_scaled_along_its_inputs_is_refused():
+    integer = program()
+    turned = dataclasses.replace(
+        integer.ops[-1].weight, spec=W8.replace(granularity=qjax.PerChannel(0)), scale=np.ones(8, np.float32)
+    )
+    integer.ops = (*integer.ops[:-1], dataclasses.replace(integer.ops[-1], weight=turned))
+    with pytest.raises(ValueError, match=r"Dense_1 is quantized per_channel\(0\); torch wants one scale for each"):
+        eager_static(integer, MODULES)
+
+
+def test_an_entry_that_rounds_otherwise_than_torch_is_warned_of():
+    with pytest.warns(UserWarning, match="simulated with convention 'torch_fake'.*torch_real"):
+        eager_static(program(entry=A8), MODULES)
+    assert ENTRY.convention == "torch_real"  # which the other tests use, without a warning

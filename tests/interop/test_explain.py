@@ -1,0 +1,139 @@
+"""explain and the command line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import qjax
+from qjax import _cli
+from tests.interop.programs import MODULES, affine, program, qtensor
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    place = tmp_path_factory.mktemp("explain") / "net.pt"
+    qjax.interop.save(place, qjax.interop.eager_static(program(), MODULES))
+    return place
+
+
+def test_points_carry_the_numbers_of_the_program(path):
+    integer = program()
+    points = {(p.name, p.role): p for p in qjax.interop.explain(qjax.interop.load(path)).points}
+    assert set(points) == {("quant", "input")} | {
+        key for name in ("conv1", "conv2", "fc1", "fc2") for key in ((f"{name}.weight", "weight"), (name, "output"))
+    }
+    for op in integer.ops:
+        name = MODULES[op.name].name
+        weight, output = points[f"{name}.weight", "weight"], points[name, "output"]
+        assert (weight.dtype, weight.scheme, weight.axis) == ("qint8", "per_channel symmetric", 0)
+        assert weight.scale == tuple(np.asarray(op.weight.scale).tolist())
+        assert weight.zero_point == (0,) * len(weight.scale)
+        codes = np.asarray(op.weight.codes)
+        assert weight.share_at_limits == np.mean((codes == -128) | (codes == 127))
+        # Some channel of a symmetric weight reaches 127, whose real is the largest of all channels.
+        np.testing.assert_allclose(weight.real_max, 127 * np.max(weight.scale), rtol=1e-6)
+        np.testing.assert_allclose(weight.real_min, -128 * np.max(weight.scale), rtol=1e-6)
+        scale, zero_point = op.output[1]
+        assert (output.dtype, output.scheme) == ("quint8", "per_tensor affine")
+        assert (output.scale, output.zero_point) == ((float(scale),), (int(zero_point),))
+        assert output.real_min == pytest.approx(-int(zero_point) * float(scale), rel=1e-6)
+        assert output.real_max == pytest.approx((255 - int(zero_point)) * float(scale), rel=1e-6)
+        assert output.shape is output.share_at_limits is None
+        assert output.source == f"{name}.scale"
+    assert points["conv1.weight", "weight"].shape == (4, 2, 3, 3)
+    assert points["quant", "input"].scale == (float(integer.ops[0].input[1].scale),)
+
+
+def test_weights_stand_before_their_outputs(path):
+    names = [point.name for point in qjax.interop.explain(qjax.interop.load(path)).points]
+    assert names == [
+        "quant", "conv1.weight", "conv1", "conv2.weight", "conv2", "fc1.weight", "fc1", "fc2.weight", "fc2",
+    ]  # fmt: skip
+
+
+def test_the_table_fits_80_columns_and_says_the_law(path):
+    text = str(qjax.interop.explain(qjax.interop.load(path)))
+    assert max(map(len, text.splitlines())) <= 80
+    last = program().ops[-1].output[1]
+    assert f"fc2, means: real = {float(last.scale):.6g} · (q - {int(last.zero_point)})" in " ".join(text.split())
+    assert "per_channel(0)" in text
+
+
+def test_long_names_still_fit(tmp_path):
+    name = "model.layers.31.self_attention.query_key_value_projection.weight"
+    qjax.interop.save(tmp_path / "a.pt", {name: affine((3, 3)), "scale": np.zeros(1)})
+    text = str(qjax.interop.explain(qjax.interop.load(tmp_path / "a.pt")))
+    assert max(map(len, text.splitlines())) <= 80
+    assert name in text.replace("\n", "").replace(" ", "") or "projection" in text
+
+
+def test_names_cannot_act_on_a_terminal(tmp_path):
+    qjax.interop.save(tmp_path / "a.pt", {"\x1b[2Jw": affine(), "[red]\x07b": np.zeros(1), "s\x9b": "x\x1b[0m"})
+    text = str(qjax.interop.explain(qjax.interop.load(tmp_path / "a.pt")))
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert "\\x1b[2Jw" in text
+    assert "[red]" in text  # and names are not markup
+
+
+def test_what_has_no_quantized_meaning_is_listed_as_it_is(tmp_path):
+    values = {"w": qtensor(), "norm.scale": np.ones(7, np.float32), "norm.zero_point": np.zeros(7), "epoch": 3}
+    values |= {"bad.scale": np.float32(-1), "bad.zero_point": np.int64(0)}
+    qjax.interop.save(tmp_path / "a.pt", values)
+    explanation = qjax.interop.explain(qjax.interop.load(tmp_path / "a.pt"))
+    assert [point.name for point in explanation.points] == ["w"]
+    assert [name for name, _, _ in explanation.floats] == [
+        "norm.scale", "norm.zero_point", "bad.scale", "bad.zero_point",
+    ]  # fmt: skip
+    assert explanation.unread == (("epoch", "3"),)
+    assert "No module stores the qparams of an output" in str(explanation)
+
+
+def test_json_holds_what_the_table_holds(path):
+    explanation = qjax.interop.explain(qjax.interop.load(path))
+    data = json.loads(explanation.to_json())
+    assert data["dialect"] == "eager_static"
+    assert [point["name"] for point in data["points"]] == [point.name for point in explanation.points]
+    assert data["points"][1]["scale"] == list(explanation.points[1].scale)
+
+
+def test_inspect_prints_the_table(path, capsys):
+    assert _cli.main(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out == str(qjax.interop.explain(qjax.interop.load(path)))
+
+
+def test_inspect_json(path, capsys):
+    assert _cli.main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["points"][0]["name"] == "quant"
+
+
+def test_inspect_of_a_bad_file_is_one_line_and_status_1(tmp_path, capsys):
+    (tmp_path / "a.pt").write_bytes(b"junk")
+    for name in ("a.pt", "missing.pt"):
+        assert _cli.main(["inspect", str(tmp_path / name)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("qjax inspect: ")
+        assert name in printed.err
+        assert "Traceback" not in printed.err
+
+
+def test_wrong_usage_is_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        _cli.main(["inspekt", "x"])
+    assert stop.value.code == 2
+    assert "inspect" in capsys.readouterr().err
+
+
+def test_python_m_qjax_is_the_command_and_needs_no_torch(path):
+    code = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[0] = 'qjax'; runpy.run_module('qjax')"
+    command = [
+        sys.executable,
+        "-c",
+        code.replace("runpy.run_module('qjax')", "runpy.run_module('qjax', alter_sys=True)"),
+    ]
+    done = subprocess.run([*command, "inspect", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == str(qjax.interop.explain(qjax.interop.load(path)))
