@@ -91,9 +91,11 @@ def _printable(text: str) -> str:
 
 
 def _table(points: Sequence[Point]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     for header in ("tensor", "codes", "scale\n= step", "zero\npoint", "reals", "at\nlimits"):
-        table.add_column(header, justify="left" if header in ("tensor", "codes") else "right", overflow="fold")
+        justify = "left" if header in ("tensor", "codes") else "right"
+        # A long name folds; numbers stay whole.
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=header != "tensor")
     for point in points:
         shape = "" if point.shape is None else " " + "x".join(map(str, point.shape))
         granularity, symmetry = point.scheme.split()
@@ -111,7 +113,7 @@ def _table(points: Sequence[Point]) -> Table:
 
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
-    return f"{low:.5g}" if low == high else f"{low:.5g}\n.. {high:.5g}"
+    return f"{low:.4g}" if low == high else f"{low:.4g}\n.. {high:.4g}"
 
 
 def _minus(zero_point: int) -> str:
