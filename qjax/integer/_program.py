@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax._qparams import QParams, expand
+from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
 from qjax._requantize import requantize
 from qjax._spec import QuantSpec
 from qjax.integer._hoist import early_quantizers
+from qjax.integer._kernels import accumulate
 from qjax.transform._contraction import Contraction
 from qjax.transform._interpret import Interpreter, Plan, operand_role
 from qjax.transform._prepare import Prepared
@@ -90,7 +91,7 @@ class IntegerInterpreter(Interpreter):
         return Quantized(None, quantize(real, qparams, spec).codes, qparams, spec, key, real.dtype)
 
     def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
-        accumulator = op.contraction(_shifted(lhs.tensor()), _shifted(rhs.tensor()), jnp.int32)
+        accumulator = accumulate(op.contraction, lhs.tensor(), rhs.tensor())
         return Scaled(accumulator.astype(jnp.float32), unit, dtype)
 
     def _equation(self, graph: Graph, node: Node, values: list[Value], env: Mapping[int, Value]) -> Sequence[Value]:
@@ -104,11 +105,6 @@ class IntegerInterpreter(Interpreter):
             values = [value if value is ABSENT else to_real(value) for value in values]
         results = self.run(body, values)
         return results if node.passes_structure else [to_real(result) for result in results]
-
-
-def _shifted(q: QTensor) -> jax.Array:
-    zero_point = expand(q.zero_point.astype(jnp.int32), q.spec, q.codes.ndim, "convert")
-    return q.codes.astype(jnp.int32) - zero_point
 
 
 class IntegerProgram:
