@@ -22,17 +22,20 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types newest clean
+.PHONY: help demo demo-holds test lint format types newest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
 help: ## list these targets
 	@echo "qjax: simulated quantization in JAX"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=… (3.11 or newer), VENV=$(VENV), WORKERS=$(WORKERS), ARGS=… (for pytest or the demo)"
 
 demo: $(VENV)/.demo-installed ## run the demo; results land in runs/demo
 	$(VENV)/bin/python -m experiments.demo --out runs/demo $(ARGS)
+
+demo-holds: $(VENV)/.demo-installed ## check that the last demo showed what it should
+	$(VENV)/bin/python -m experiments.demo.check runs/demo/results.json
 
 test: $(VENV)/.test-installed ## run the tests and the examples in docstrings
 	$(VENV)/bin/python $(PYTEST)

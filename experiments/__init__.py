@@ -1,0 +1,1 @@
+"""Experiments: one question per folder; each folder's README has its command, its table and what was concluded."""

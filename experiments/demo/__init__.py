@@ -1,0 +1,1 @@
+"""The demo: train, quantize, convert to integers and hand to PyTorch; see README.md."""
