@@ -14,9 +14,6 @@ from qjax._rounding import round_half_even
 from qjax._spec import PerChannel, QuantSpec
 
 _INT64_LIMIT = 2.0**63
-_FBGEMM_CEILING = (
-    2147483520.0  # the largest float32 below 2^31, where torch's per-tensor kernel clips before converting
-)
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +94,8 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec) -> QTensor:
       `aten/src/ATen/native/quantized/AffineQuantizer.cpp`.
     """
     codes, _ = quantize_with_mask(x, qparams, spec, caller="quantize")
-    return QTensor(codes, qparams.scale, qparams.zero_point, spec)
+    scale, zero_point = jnp.asarray(qparams.scale), jnp.asarray(qparams.zero_point)
+    return QTensor(codes, scale.astype(jnp.float32), zero_point.astype(jnp.int32), spec)
 
 
 def quantize_with_mask(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, caller: str) -> tuple[jax.Array, jax.Array]:
@@ -128,9 +126,8 @@ def _unclamped_codes(x: jax.Array, inv: jax.Array, zero_point: jax.Array, spec: 
     if per_channel:
         codes = round_half_even(zero_point + unfused(x * inv))
         return jnp.where(jnp.isnan(codes), 0.0, codes)
-    codes = fma(x, inv, zero_point)
-    codes = jnp.where(codes < _FBGEMM_CEILING, codes, _FBGEMM_CEILING)  # NaN compares false and takes the ceiling
-    return jnp.where(jnp.isnan(codes), beyond_high, round_half_even(codes))
+    codes = round_half_even(fma(x, inv, zero_point))
+    return jnp.where(jnp.isnan(codes), beyond_high, codes)
 
 
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:

@@ -93,6 +93,13 @@ class QuantSpec:
             raise TypeError(
                 f"QuantSpec: granularity must be qjax.PerTensor() or qjax.PerChannel(axis), got {self.granularity!r}."
             )
+        for name in ("symmetric", "reduce_range"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(
+                    f"QuantSpec: {name} must be True or False, got {value!r} of type {type(value).__name__}."
+                )
+        if isinstance(self.eps, bool) or not isinstance(self.eps, float | int):
+            raise TypeError(f"QuantSpec: eps must be a float, got {self.eps!r} of type {type(self.eps).__name__}.")
         if self.convention not in get_args(Convention):
             raise ValueError(
                 f"QuantSpec: unknown convention {self.convention!r}; the conventions are "

@@ -59,6 +59,7 @@ class Dynamic(MinMax):
 
     def update(self, state: MinMaxState, x: ArrayLike) -> MinMaxState:
         """Replace the range with that of x."""
+        x = self._check(x, "update")
         return super().update(self.init(x), x)
 
 
