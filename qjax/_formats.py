@@ -27,6 +27,7 @@ class Int:
       narrow: Leave out the most negative code, so that the range is symmetric about zero. Signed formats only.
 
     Raises:
+      TypeError: signed or narrow is not a bool.
       ValueError: `bits` is not an integer from 2 to 8, or a narrow unsigned format is asked for.
 
     Examples:
@@ -46,6 +47,9 @@ class Int:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"Int: bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {self.bits!r}.")
+        for name in ("signed", "narrow"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"Int: {name} must be True or False, got {value!r} of type {type(value).__name__}.")
         if self.narrow and not self.signed:
             raise ValueError(
                 "Int: narrow=True leaves out the most negative code, which an unsigned format does not have. "

@@ -57,6 +57,7 @@ def choose_qparams(min_val: ArrayLike, max_val: ArrayLike, spec: QuantSpec) -> Q
     References:
       PyTorch, `torch/ao/quantization/observer.py`, `UniformQuantizationObserverBase._calculate_qparams`.
     """
+    check_spec(spec, "choose_qparams")
     low = jax.lax.stop_gradient(jnp.asarray(min_val).astype(jnp.float32))
     high = jax.lax.stop_gradient(jnp.asarray(max_val).astype(jnp.float32))
     _check_range(low, high, spec)
@@ -106,8 +107,18 @@ def _check_range(low: jax.Array, high: jax.Array, spec: QuantSpec) -> None:
         )
 
 
+def check_spec(spec: object, caller: str) -> None:
+    """Raise unless `spec` is a QuantSpec; a bare format is the likely slip."""
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(
+            f"{caller}: spec must be a qjax.QuantSpec, got {spec!r} of type {type(spec).__name__}. Wrap a format as "
+            "qjax.QuantSpec(qjax.int8)."
+        )
+
+
 def check_qparams(qparams: QParams, spec: QuantSpec, x: jax.Array, caller: str) -> None:
     """Raise unless `qparams` can quantize `x` under `spec`; values are checked only when they are concrete."""
+    check_spec(spec, caller)
     scale, zero_point = qparams
     if isinstance(spec.granularity, PerChannel):
         axis = channel_axis(spec, x.ndim, caller)
@@ -126,10 +137,11 @@ def check_qparams(qparams: QParams, spec: QuantSpec, x: jax.Array, caller: str) 
     if not is_concrete(scale, zero_point):
         return
     scales = np.asarray(scale, np.float32)
-    if not bool(np.all(scales > 0)):
+    bad = ~((scales > 0) & np.isfinite(scales))
+    if bool(np.any(bad)):
         raise ValueError(
-            f"{caller}: scale must be positive, got {_first(scales, ~(scales > 0))}. A NaN scale comes from a range that held "
-            "NaN; a scale of 0 from a range that was not clamped at eps."
+            f"{caller}: scale must be positive and finite, got {_first(scales, bad)}. A NaN or infinite scale comes from a "
+            "range that held NaN or infinity; a scale of 0 from a range that was not clamped at eps."
         )
     points = np.asarray(zero_point)
     outside = (points < spec.quant_min) | (points > spec.quant_max)

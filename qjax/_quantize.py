@@ -103,6 +103,8 @@ def quantize_with_mask(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, calle
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}. Convert it first.")
+    if not isinstance(qparams, QParams):
+        raise TypeError(f"{caller}: qparams must be a qjax.QParams(scale, zero_point), got {type(qparams).__name__}.")
     qparams = QParams(jnp.asarray(qparams.scale).astype(jnp.float32), jnp.asarray(qparams.zero_point))
     check_qparams(qparams, spec, x, caller)
     inv = expand(1.0 / qparams.scale, spec, x.ndim, caller)

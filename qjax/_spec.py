@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Literal, get_args
 
 from qjax._formats import Int
+
+_SMALLEST_NORMAL = 2.0**-126
 
 Convention = Literal["torch_fake", "torch_real"]
 
@@ -30,8 +33,13 @@ class PerChannel:
     axis: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+        try:
+            axis = operator.index(self.axis)  # numpy's integers, too, but no float
+        except TypeError:
+            axis = None
+        if axis is None or isinstance(self.axis, bool):
             raise TypeError(f"PerChannel: axis must be an int, got {self.axis!r} of type {type(self.axis).__name__}.")
+        object.__setattr__(self, "axis", axis)
 
     def __str__(self) -> str:
         return f"per_channel({self.axis})"
@@ -61,7 +69,7 @@ class QuantSpec:
 
     Raises:
       TypeError: A field is not of its type.
-      ValueError: An unknown convention, or eps not positive and finite.
+      ValueError: An unknown convention, or eps not finite and a normal positive float32.
 
     Examples:
       >>> import qjax
@@ -105,8 +113,11 @@ class QuantSpec:
                 f"QuantSpec: unknown convention {self.convention!r}; the conventions are "
                 f"{', '.join(map(repr, get_args(Convention)))}."
             )
-        if not 0.0 < self.eps < float("inf"):
-            raise ValueError(f"QuantSpec: eps must be positive and finite, got {self.eps!r}.")
+        if not _SMALLEST_NORMAL <= self.eps < float("inf"):
+            raise ValueError(
+                "QuantSpec: eps must be positive and finite, and no smaller than 2^-126, the smallest normal float32; "
+                f"got {self.eps!r}."
+            )
 
     @property
     def quant_min(self) -> int:

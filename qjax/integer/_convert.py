@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from qjax._qparams import is_concrete
 from qjax._quantize import QTensor, quantize
 from qjax._spec import PerTensor
-from qjax.integer._hoist import early_quantizers
-from qjax.integer._program import ABSENT, IntegerInterpreter, IntegerOp, IntegerProgram, Point
+from qjax.integer._program import ABSENT, IntegerInterpreter, IntegerOp, IntegerProgram
 from qjax.observers import Observer
-from qjax.transform._interpret import Interpreter, Plan, operand_role
-from qjax.transform._prepare import Prepared, QuantVars, check_calibrated
-from qjax.transform._recipe import Recipe
+from qjax.transform._hoist import early_quantizers
+from qjax.transform._interpret import Interpreter, Plan
+from qjax.transform._prepare import Prepared, QuantVars, check_calibrated, shapes_of
 from qjax.transform._trace import Graph, Node, Op, Trace
 from qjax.transform._values import Value, thin, to_real
 
@@ -32,14 +33,16 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
       prepared: From `qjax.prepare`.
       qvars: Its quantizer variables, calibrated or trained.
       params: The float parameters.
-      *args: Example values or `jax.ShapeDtypeStruct` of the other arguments; only needed if `prepared` was never called.
+      *args: Example values or `jax.ShapeDtypeStruct` of the other arguments, and the flags that inference takes. Left
+        out, those of `init` or of the last call with mode "eval" are taken.
 
     Returns:
       An `IntegerProgram`: a function of the arguments that are not parameters, of any batch size.
 
     Raises:
-      ValueError: A quantizer has observed nothing, an activation is quantized dynamically or per channel, or the shapes
-        are not known.
+      TypeError: prepared or qvars is something else.
+      ValueError: A quantizer has observed nothing, or NaN or infinity; an activation is quantized dynamically or per
+        channel; or the shapes are not known.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -57,28 +60,49 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
     """
     if not isinstance(prepared, Prepared):
         raise TypeError(f"convert: prepared must come from qjax.prepare, got {type(prepared).__name__}.")
+    if not isinstance(qvars, QuantVars):
+        raise TypeError(
+            f"convert: qvars must be the QuantVars of init or of a call, got {type(qvars).__name__}. The order is "
+            "convert(prepared, qvars, params)."
+        )
     whole = _with_params(prepared, params, args)
     traced = prepared.trace(*whole)
-    check_calibrated(prepared.recipe, traced, qvars)
-    if qvars.state.keys() != prepared.init(*whole).state.keys():
+    shapes = Interpreter(Plan(prepared.recipe, "init", "codes"), {})
+    shapes.run_abstractly(traced.graph, Prepared.array_leaves(whole))
+    for missing in shapes.observed.keys() - qvars.state.keys():
         raise ValueError(
-            "convert: qvars has other quantizers than this prepared function; it was made by the init of another function or "
-            "recipe."
+            f"convert: qvars has no state for {missing!r}; it was made by the init of another function or recipe, or with "
+            "arguments under which the function has other ops."
         )
-    points = _points(prepared.recipe, traced, qvars)
+    check_calibrated(shapes, qvars)
+    observers = _activation_observers(shapes)
     leaves = Prepared.array_leaves(whole)
     start = len(Prepared.array_leaves(whole[: prepared.params_argnum]))
-    count = len(jax.tree.leaves(params))
-    known = [leaf if start <= i < start + count else ABSENT for i, leaf in enumerate(leaves)]
-    collector = _Collector(Plan(prepared.recipe, "eval", "codes"), qvars, points)
-    collector.run(traced.graph, known)
-    needed = _needed_inputs(traced.graph, collector.weights.keys())
+    count = len(Prepared.array_leaves([params]))
+
+    @jax.jit  # one compilation, where eagerly each small operation would be compiled by itself
+    def collect(parameters: list[jax.Array], state: dict[str, Any]) -> tuple[Any, Any, Any]:
+        collector = _Collector(Plan(prepared.recipe, "eval", "codes"), state)
+        absent = [ABSENT] * len(leaves)
+        collector.run(traced.graph, [*absent[:start], *parameters, *absent[start + count :]])
+        qparams = {key: observer.qparams(state[key]) for key, observer in observers.items()}
+        return collector.weights, collector.biases, qparams
+
+    weights, biases, qparams = collect(leaves[start : start + count], qvars.state)
+    points = {key: (observer.spec, qparams[key]) for key, observer in observers.items()}
+    for key, (scale, _) in [(f"{op}/weight", q.qparams) for op, q in weights.items()] + list(qparams.items()):
+        if is_concrete(scale) and not np.all(np.isfinite(scale)):
+            raise ValueError(
+                f"convert: the scale of {key} is not finite, because what it observed held NaN or infinity. Find out where "
+                "they come from, then calibrate again."
+            )
+    needed = _needed_inputs(traced.graph, weights.keys())
     floats = {
         i - start: jnp.asarray(leaves[i]) for i in range(start, start + count) if traced.graph.inputs[i] in needed
     }
-    shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
-    program = IntegerProgram(prepared, shape, collector.weights, floats, points, ())
-    program.ops = _ops(traced, program, collector, whole, prepared)
+    names = tuple(op.name for op in traced.graph.ops())
+    program = IntegerProgram(prepared, shapes_of(params), weights, floats, points, names)
+    program.ops = _ops(traced, program, biases, shapes)
     return program
 
 
@@ -94,35 +118,29 @@ def _with_params(prepared: Prepared, params: Any, args: Sequence[Any]) -> tuple[
     return (*prepared.signature[:place], params, *prepared.signature[place + 1 :])
 
 
-def _points(recipe: Recipe, traced: Trace, qvars: QuantVars) -> dict[str, Point]:
-    """The frozen qparams of every activation that is quantized."""
-    points: dict[str, Point] = {}
-    for op in traced.graph.ops():
-        rule = recipe.rule_for(op.name)
-        if rule is None:
+def _activation_observers(shapes: Interpreter) -> dict[str, Observer]:
+    """The observer of every activation that is quantized, by quantizer."""
+    found: dict[str, Observer] = {}
+    for key, (observer, _) in shapes.observed.items():
+        op, _, role = key.rpartition("/")
+        if role == "weight":
             continue
-        for role in (operand_role(op, 0), operand_role(op, 1), "output"):
-            key = f"{op.name}/{role}"
-            if role == "weight" or key not in qvars.state:
-                continue
-            observer = rule.output_observer if role == "output" else rule.input_observer
-            assert observer is not None
-            if observer.dynamic or not isinstance(observer.spec.granularity, PerTensor):
-                what = "dynamically" if observer.dynamic else str(observer.spec.granularity)
-                raise ValueError(
-                    f"convert: the {role} of {op.name} is quantized {what}; an integer program needs one static range for "
-                    "the tensor. Use a per-tensor observer such as qjax.observers.min_max for it."
-                )
-            points[key] = (observer.spec, observer.qparams(qvars.state[key]))
-    return points
+        if observer.dynamic or not isinstance(observer.spec.granularity, PerTensor):
+            what = "dynamically" if observer.dynamic else str(observer.spec.granularity)
+            raise ValueError(
+                f"convert: the {role} of {op} is quantized {what}; an integer program needs one static range for the tensor. "
+                "Use a per-tensor observer such as qjax.observers.min_max for it."
+            )
+        found[key] = observer
+    return found
 
 
 class _Collector(IntegerInterpreter):
     """Follows the parameters through the graph, activations absent, and quantizes each weight where its op takes it."""
 
-    def __init__(self, plan: Plan, qvars: QuantVars, points: dict[str, Point]) -> None:
-        super().__init__(plan, {}, points)
-        self._qvars = qvars
+    def __init__(self, plan: Plan, observed: Mapping[str, Any]) -> None:
+        super().__init__(plan, {}, {})
+        self._observed = observed
         self.weights: dict[str, QTensor] = {}
         self.biases: dict[str, jax.Array] = {}
 
@@ -134,7 +152,7 @@ class _Collector(IntegerInterpreter):
         return ABSENT
 
     def _codes(self, key: str, observer: Observer, weight: jax.Array) -> QTensor:
-        state = self._qvars.state[key]
+        state = self._observed[key]
         if observer.dynamic:
             state = observer.update(observer.init(weight), weight)
         return quantize(weight, observer.qparams(state), observer.spec)
@@ -170,34 +188,33 @@ def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
 
 
 def _ops(
-    traced: Trace, program: IntegerProgram, collector: _Collector, whole: Sequence[Any], prepared: Prepared
+    traced: Trace, program: IntegerProgram, biases: Mapping[str, jax.Array], shapes: Interpreter
 ) -> tuple[IntegerOp, ...]:
-    """Describe the ops as the deployed kernels see them, from one abstract evaluation."""
-    interpreter = Interpreter(Plan(prepared.recipe, "init", "codes"), {})
-    jax.eval_shape(
-        lambda *leaves: [to_real(value) for value in interpreter.run(traced.graph, leaves)],
-        *Prepared.array_leaves(whole),
-    )
+    """Describe the ops as the deployed kernels see them."""
     epilogues, early = {}, {}
+    rounded = {key.rpartition("/")[0] for key in program.points if key.endswith("/output")}
     for graph in _graphs(traced.graph):
         epilogues.update(graph.epilogues)
-        early.update(early_quantizers(graph, program.points))
+        early.update(early_quantizers(graph, program.points, rounded))
     described: list[IntegerOp] = []
     for op in traced.graph.ops():
         if op.name not in program.weights or op.weight is None:
             continue
         epilogue = epilogues[op.name]
         output = f"{op.name}/output" if f"{op.name}/output" in program.points else early.get(epilogue.end)
+        source = shapes.inputs[op.name][1 - op.weight]
         described.append(
             IntegerOp(
                 name=op.name,
                 kind=op.kind,
                 weight=program.weights[op.name],
                 weight_operand=op.weight,
-                bias=collector.biases.get(op.name),
+                bias=biases.get(op.name),
                 relu=epilogue.relu,
-                input=program.points.get(interpreter.inputs[op.name][1 - op.weight]),
+                input=program.points.get(source),
                 output=None if output is None else program.points[output],
+                input_quantizer=source if source in program.points else None,
+                output_quantizer=output,
                 contraction=op.contraction,
             )
         )

@@ -13,13 +13,11 @@ from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
 from qjax._requantize import requantize
 from qjax._spec import QuantSpec
-from qjax.integer._hoist import early_quantizers
 from qjax.integer._kernels import accumulate
 from qjax.transform._contraction import Contraction
-from qjax.transform._interpret import Interpreter, Plan, operand_role
+from qjax.transform._interpret import Interpreter, Plan
 from qjax.transform._prepare import Prepared
-from qjax.transform._recipe import Rule
-from qjax.transform._trace import Graph, Node, Op
+from qjax.transform._trace import Graph, Node, Op, operand_role
 from qjax.transform._values import Quantized, Scaled, Value, to_real
 
 
@@ -49,6 +47,8 @@ class IntegerOp:
     relu: bool  # whether the output is clamped at its zero_point
     input: Point | None  # None where the input is a float
     output: Point | None  # None where the op gives out floats
+    input_quantizer: str | None  # which quantizer made the input's codes, such as "Conv_0/output"
+    output_quantizer: str | None  # which quantizer rounds the output, such as "Dense_0/input"
     contraction: Contraction  # its geometry: `Dot` or `Conv`
 
 
@@ -59,30 +59,16 @@ class IntegerInterpreter(Interpreter):
         super().__init__(plan, {})
         self._weights = weights
         self._points = points
-        self._early: dict[int, str] = {}
 
-    def run(self, graph: Graph, operands: Sequence[Value]) -> list[Value]:
-        """Evaluate the graph; operands may be ABSENT."""
-        self._early.update(early_quantizers(graph, self._points))
-        return super().run(graph, operands)
-
-    def _operand(self, op: Op, rule: Rule | None, index: int, value: Value) -> Value:
+    def _operand(self, op: Op, index: int, value: Value) -> Value:
         if operand_role(op, index) == "weight" and op.name in self._weights:
             weight = self._weights[op.name]
             self.codes[f"{op.name}/weight"] = weight
-            value = Quantized(None, weight.codes, weight.qparams, weight.spec, f"{op.name}/weight", jnp.float32)
-        return super()._operand(op, rule, index, value)
-
-    def _output(self, name: str, value_id: int, value: Value) -> Value:
-        if value_id in self._early:
-            return self._round(self._early[value_id], value)
-        return super()._output(name, value_id, value)
+            value = Quantized(None, weight.codes, weight.qparams, weight.spec, f"{op.name}/weight", op.dtypes[index])
+        return super()._operand(op, index, value)
 
     def _quantize(self, key: str, observer: Any, value: Value) -> Quantized:
         del observer
-        return self._round(key, value)
-
-    def _round(self, key: str, value: Value) -> Quantized:
         spec, qparams = self._points[key]
         if isinstance(value, Scaled):
             codes = requantize(value.units, value.unit, qparams, spec)
@@ -114,7 +100,7 @@ class IntegerProgram:
     normalization, ops that no rule takes). Calling it is pure, so `jax.jit(integer)` works.
 
     Attributes:
-      ops: The quantized ops in program order.
+      ops: The ops with a quantized weight, in program order.
       weights: The codes of each weight, by op.
       points: Spec and qparams of each quantization point, by `"op/input"` and `"op/output"`.
     """
@@ -126,14 +112,15 @@ class IntegerProgram:
         weights: Mapping[str, QTensor],
         floats: Mapping[int, jax.Array],
         points: Mapping[str, Point],
-        ops: Sequence[IntegerOp],
+        names: tuple[str, ...],
     ) -> None:
         self._prepared = prepared
         self._params_shape = params_shape
         self._floats = dict(floats)
         self.weights = dict(weights)
         self.points = dict(points)
-        self.ops = tuple(ops)
+        self._names = names
+        self.ops: tuple[IntegerOp, ...] = ()
 
     def __call__(self, *args: Any) -> Any:
         """Evaluate the program; returns what the original function returns, outputs dequantized."""
@@ -153,8 +140,16 @@ class IntegerProgram:
         place = self._prepared.params_argnum
         whole = (*args[:place], self._params_shape, *args[place:])
         traced = self._prepared.trace(*whole)
+        names = tuple(op.name for op in traced.graph.ops())
+        if names != self._names:
+            dtypes = ", ".join(str(jax.numpy.asarray(leaf).dtype) for leaf in Prepared.array_leaves(args))
+            raise ValueError(
+                f"integer program: with these arguments ({dtypes}) the function has the ops {', '.join(names) or 'none'}, but "
+                f"it was converted with {', '.join(self._names)}. Give arguments of the dtypes and with the flags that it was "
+                "converted with, or convert it again with these as examples."
+            )
         start = len(Prepared.array_leaves(args[:place]))
-        count = len(jax.tree.leaves(self._params_shape))
+        count = len(Prepared.array_leaves([self._params_shape]))
         leaves = Prepared.array_leaves(whole)
         leaves[start : start + count] = [self._floats.get(i, ABSENT) for i in range(count)]
         interpreter = IntegerInterpreter(Plan(self._prepared.recipe, "eval", "codes"), self.weights, self.points)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from qjax import containers
 from qjax._quantize import QTensor
+from qjax.interop._outputs import is_dynamic, module_outputs
 from qjax.interop._torch_tensors import from_node, to_node
 
 _PACKED = "_packed_params._packed_params"
@@ -24,14 +25,25 @@ class Checkpoint(Mapping[str, Any]):
     Attributes:
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
-      dialect: `"eager_static"`, or `"plain"` where nothing quantized was recognised.
+      dialect: `"eager_static"`; `"eager_dynamic"` where all outputs are quantized at run time; or `"plain"` where nothing
+        quantized was recognised.
+      packed: The modules whose weight and bias were unpacked.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], *, path: str, metadata: Mapping[str, Any], dialect: str) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        path: str,
+        metadata: Mapping[str, Any],
+        dialect: str,
+        packed: Iterable[str] = (),
+    ) -> None:
         self._tensors = dict(tensors)
         self.path = path
         self.metadata = dict(metadata)
         self.dialect = dialect
+        self.packed = frozenset(packed)
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -78,32 +90,48 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
     tree = containers.read(path, limits=limits)
     if not isinstance(tree, Mapping):
         raise containers.FormatError(
-            f"{os.fspath(path)}: holds a {type(tree).__name__}, expected a state dict. Save model.state_dict() rather than the "
-            "model."
+            f"an object of type {type(tree).__name__}",
+            expected="a state dict",
+            mend="Save model.state_dict() rather than the model or a single tensor.",
+            file=os.fspath(path),
         )
     tensors: dict[str, Any] = {}
-    _flatten(tree, "", tensors)
-    quantized = any(isinstance(value, QTensor) for value in tensors.values())
+    packed: set[str] = set()
+    try:
+        _flatten(tree, "", tensors, packed)
+    except containers.FormatError as error:
+        error.locate(file=os.fspath(path))
+        raise
     return Checkpoint(
         tensors,
         path=os.fspath(path),
         metadata=tree.metadata if isinstance(tree, containers.Record) else {},
-        dialect="eager_static" if quantized else "plain",
+        dialect=_dialect(tensors, packed),
+        packed=packed,
     )
 
 
-def _flatten(node: Any, name: str, into: dict[str, Any]) -> None:
+def _dialect(tensors: Mapping[str, Any], packed: set[str]) -> str:
+    if not packed and not any(isinstance(value, QTensor) for value in tensors.values()):
+        return "plain"
+    outputs = module_outputs(tensors)
+    dynamic = [module in packed and is_dynamic(*outputs[module]) for module in outputs]
+    return "eager_dynamic" if dynamic and all(dynamic) else "eager_static"
+
+
+def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> None:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            _flatten(value, f"{name}.{key}" if name else str(key), into)
+            _flatten(value, f"{name}.{key}" if name else str(key), into, packed)
     elif name.endswith(_PACKED) and isinstance(node, tuple) and len(node) == 2:
         module = name[: -len(_PACKED)]
+        packed.add(module.removesuffix("."))
         for part, value in zip(("weight", "bias"), node, strict=True):
             if value is not None:
                 into[module + part] = from_node(value, module + part)
     elif isinstance(node, tuple | list):
         for index, value in enumerate(node):
-            _flatten(value, f"{name}.{index}", into)
+            _flatten(value, f"{name}.{index}", into, packed)
     else:
         into[name] = from_node(node, name)
 
@@ -122,8 +150,8 @@ def save(
       metadata: Torch's `_metadata`, module path → `{"version": n}`; by default what `tensors` brings along.
 
     Raises:
-      ValueError: A quantized tensor that torch has no dtype for.
-      TypeError: A value that torch's weights_only loader does not read.
+      ValueError: A quantized tensor that torch has no dtype for, or whose scale is not positive and finite.
+      TypeError: tensors is no mapping, a key in it is no str, or a value is none that torch's weights_only loader reads.
       OSError: The file cannot be written.
 
     Examples:
@@ -135,10 +163,29 @@ def save(
       >>> print(qjax.interop.load(path)["weight"].codes)
       [  64 -127]
     """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"save: tensors must be a mapping from names to tensors, got {type(tensors).__name__}. Give each a name, such as "
+            '{"fc.weight": weight}.'
+        )
     if metadata is None:
         metadata = tensors.metadata if isinstance(tensors, containers.Record) else {}
-    tree = containers.Record({name: _node(value, name) for name, value in tensors.items()}, metadata=metadata)
-    containers.write_torch_zip(path, tree)
+    tree = containers.Record(_named_nodes(tensors, ""), metadata=metadata)
+    try:
+        containers.write_torch_zip(path, tree)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # The trouble is with the place that was asked for, not with the temporary file beside it.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def _named_nodes(values: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    for key in values:
+        if not isinstance(key, str):
+            where = f" in {prefix.removesuffix('.')}" if prefix else ""
+            raise TypeError(f"save: the key {key!r}{where} is of type {type(key).__name__}; names must be str.")
+    return {key: _node(value, prefix + key) for key, value in values.items()}
 
 
 def _node(value: Any, name: str) -> Any:
@@ -147,7 +194,7 @@ def _node(value: Any, name: str) -> Any:
     if isinstance(value, containers.Global | containers.Call | containers.Parameter | containers.RawTensor):
         return value
     if isinstance(value, Mapping):
-        return {key: _node(item, f"{name}.{key}") for key, item in value.items()}
+        return _named_nodes(value, f"{name}.")
     if isinstance(value, tuple | list):
         return type(value)(_node(item, f"{name}.{index}") for index, item in enumerate(value))
     if value is None or isinstance(value, bool | int | float | str):

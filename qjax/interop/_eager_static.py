@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,9 @@ def eager_static(
     of the first op, as arrays of one element. Load it with `model.load_state_dict(torch.load(path, weights_only=True))`
     under the fbgemm engine; where an op's ReLU is part of it, the model has the fused module (`ConvReLU2d`, `LinearReLU`).
 
+    Torch's modules take their input's qparams from the module that made it, so each op but the first must take codes that
+    another op put out, or the model's input with the qparams that the first op takes it with.
+
     Args:
       integer: From `qjax.convert`.
       modules: What each op becomes; all ops of the program, by name.
@@ -67,16 +70,20 @@ def eager_static(
       A mapping to hand to `qjax.interop.save`, with torch's module versions as its metadata.
 
     Raises:
+      TypeError: integer is no integer program, or modules does not map names to `Conv2d` and `Linear`.
       ValueError: An op is missing in modules or unknown, is not of the kind of its module, or is quantized in a way that
         torch's module cannot be (its weight affine, narrower than 8 bits or per another axis than the output; no input
-        or output qparams; an output that is not 8-bit unsigned).
+        or output qparams; an input or output that is not 8-bit unsigned; an input that is quantized where torch has no
+        module to do it; a convolution that is transposed or padded unevenly).
 
     Warns:
-      UserWarning: The model's input was simulated with another rounding than that of torch's `Quantize`.
+      UserWarning: The model's input was simulated with another rounding than that of torch's `Quantize`; or a depthwise
+        convolution takes codes of the full range, for which fbgemm's 16-bit sums may saturate.
 
     References:
       PyTorch, `torch/ao/nn/quantized/modules/`, `_save_to_state_dict` of `linear.py` and `conv.py`.
     """
+    _check_types(integer, modules)
     ops = {op.name: op for op in integer.ops}
     for name in modules.keys() - ops.keys():
         raise ValueError(f"eager_static: the program has no op {name!r}; its ops are {', '.join(ops)}.")
@@ -89,10 +96,16 @@ def eager_static(
         raise ValueError(f"eager_static: two ops become the same torch module; the names are {', '.join(names)}.")
     state: dict[str, Any] = {}
     versions: dict[str, dict[str, int]] = {"": {"version": 1}}
-    first = next(iter(ops.values()), None)
-    if quantize is not None and first is not None:
-        scale, zero_point = _point(first, "input")
-        _warn_of_rounding(first)
+    for op in ops.values():
+        _check_weight(op)
+        _point(op, "input")
+        _point(op, "output")
+        _warn_of_saturation(op)
+    entries = _entries(integer.ops)
+    if quantize is not None and entries:
+        for op in entries:
+            _warn_of_rounding(op)
+        scale, zero_point = _point(entries[0], "input")
         state[f"{quantize}.scale"] = np.asarray([scale], np.float32)
         state[f"{quantize}.zero_point"] = np.asarray([zero_point], np.int64)
         versions[quantize] = {"version": 1}
@@ -106,8 +119,45 @@ def eager_static(
     return Record(state, metadata=versions)
 
 
+def _check_types(integer: Any, modules: Any) -> None:
+    if not isinstance(integer, IntegerProgram):
+        raise TypeError(f"eager_static: integer must come from qjax.convert, got {type(integer).__name__}.")
+    if not isinstance(modules, Mapping):
+        raise TypeError(
+            f"eager_static: modules must map the names of ops to Conv2d and Linear, got {type(modules).__name__}."
+        )
+    for name, module in modules.items():
+        if not isinstance(name, str) or not isinstance(module, TorchModule):
+            raise TypeError(
+                "eager_static: modules must map the names of ops to Conv2d and Linear, such as "
+                f"{{'Dense_0': qjax.interop.Linear('fc1')}}; got {name!r}: {module!r}."
+            )
+
+
+def _entries(ops: Sequence[IntegerOp]) -> list[IntegerOp]:
+    """The ops that take the model's input; all others must take codes that an op before them put out."""
+    entries: list[IntegerOp] = []
+    put_out: set[str | None] = set()
+    for op in ops:
+        if op.input_quantizer not in put_out:
+            if entries and not _same_qparams(op, entries[0]):
+                raise ValueError(
+                    f"eager_static: the input of {op.name} is quantized by itself ({op.input_quantizer}), not by the op that "
+                    "makes it, and torch has no module that requantizes there (such as after a tanh or an addition): its "
+                    "modules take over the qparams of their input. Quantize the output of the op before it (a rule with "
+                    "output=qjax.QuantSpec(qjax.uint8)) and have only pools, reshapes and a ReLU between the two."
+                )
+            entries.append(op)
+        put_out.add(op.output_quantizer)
+    return entries
+
+
+def _same_qparams(op: IntegerOp, other: IntegerOp) -> bool:
+    pairs = zip(_point(op, "input"), _point(other, "input"), strict=True)
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
 def _module_state(op: IntegerOp, module: TorchModule) -> dict[str, Any]:
-    _check_weight(op)
     weight = _conv_weight(op) if isinstance(module, Conv2d) else _linear_weight(op, module)
     outputs = weight.codes.shape[0]
     bias = None
@@ -133,7 +183,27 @@ def _conv_weight(op: IntegerOp) -> QTensor:
         raise ValueError(
             f"eager_static: {op.name} is a {op.kind} of rank {op.weight.codes.ndim}, not a 2-D convolution."
         )
+    _check_geometry(op, conv)
     return _permuted(op, tuple(conv.dimension_numbers.rhs_spec))
+
+
+def _check_geometry(op: IntegerOp, conv: Conv) -> None:
+    if any(step != 1 for step in conv.lhs_dilation):
+        raise ValueError(
+            f"eager_static: {op.name} dilates its input by {conv.lhs_dilation}, as a transposed convolution does; torch's "
+            "quantized Conv2d cannot. Resize the input before an ordinary convolution, or leave the op in float."
+        )
+    if conv.batch_group_count != 1:
+        raise ValueError(
+            f"eager_static: {op.name} has batch_group_count={conv.batch_group_count}, which torch's Conv2d does not have. "
+            "Use feature_group_count, or leave the op in float."
+        )
+    if any(low != high or low < 0 for low, high in conv.padding):
+        raise ValueError(
+            f"eager_static: {op.name} pads by {conv.padding}; torch's Conv2d pads both ends of a dimension alike. JAX's "
+            '"SAME" pads unevenly where a stride or an even kernel asks for it: say symmetric padding instead, such as '
+            "padding=1 for a 3x3 kernel, and train with it."
+        )
 
 
 def _linear_weight(op: IntegerOp, module: Linear) -> QTensor:
@@ -194,12 +264,29 @@ def _warn_of_rounding(op: IntegerOp) -> None:
         )
 
 
+def _warn_of_saturation(op: IntegerOp) -> None:
+    conv = op.contraction
+    if op.input is None or not isinstance(conv, Conv) or conv.feature_group_count == 1 or op.input[0].reduce_range:
+        return
+    if op.weight.shape[conv.dimension_numbers.rhs_spec[1]] == 1:
+        warnings.warn(
+            f"eager_static: {op.name} is a depthwise convolution of codes 0..255; fbgemm's depthwise kernel sums pairs of "
+            "products in 16 bits and may saturate, which gives other codes than predicted. Use QuantSpec(..., "
+            "reduce_range=True) for its input to avoid it.",
+            stacklevel=3,
+        )
+
+
 def _point(op: IntegerOp, role: str) -> tuple[Any, Any]:
     point = op.input if role == "input" else op.output
     if point is None:
+        mend = f"Give the op a rule with {role}=qjax.QuantSpec(qjax.uint8)"
+        if role == "input":
+            mend += (
+                ", or, where another op makes that input, give that one a rule with output=qjax.QuantSpec(qjax.uint8)"
+            )
         raise ValueError(
-            f"eager_static: the {role} of {op.name} is not quantized; torch's static modules need its qparams. Give the op a "
-            f"rule with {role}=qjax.QuantSpec(qjax.uint8)."
+            f"eager_static: the {role} of {op.name} is not quantized; torch's static modules need its qparams. {mend}."
         )
     spec, (scale, zero_point) = point
     if spec.format.signed or spec.format.bits != 8 or not isinstance(spec.granularity, PerTensor):

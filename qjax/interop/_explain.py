@@ -19,7 +19,11 @@ from qjax._formats import uint8
 from qjax._quantize import QTensor
 from qjax._spec import PerChannel, QuantSpec
 from qjax.interop._checkpoint import Checkpoint
-from qjax.interop._torch_tensors import torch_dtype
+from qjax.interop._outputs import is_dynamic, module_outputs
+from qjax.interop._torch_tensors import kind_of, torch_dtype
+
+_DYNAMIC = "dynamic (or never calibrated): scale and zero_point are found at run time"
+_NO_LAW = "the model was converted before its observers saw data, or the file is damaged"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class Explanation:
     points: tuple[Point, ...]
     floats: tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of what is not quantized
     unread: tuple[tuple[str, str], ...]  # (name, what it is) of entries that have no meaning here
+    notes: tuple[tuple[str, str], ...] = ()  # (module, why) of outputs whose scale and zero_point are no law
 
     def to_json(self) -> str:
         """The same as JSON text."""
@@ -73,7 +78,9 @@ class Explanation:
         if self.points:
             console.print("real = scale · (q - zero_point)")
             console.print(_table(self.points))
-            console.print(_last_output(self.points))
+            console.print(_last_output(self.points, bool(self.notes)))
+        for module, why in self.notes:
+            console.print(Text(_printable(f"The output of {module}: {why}.")))
         if self.floats:
             listed = ", ".join(f"{name} {dtype}{list(shape)}" for name, shape, dtype in self.floats)
             console.print(Text(_printable(f"Not quantized: {listed}")))
@@ -120,12 +127,13 @@ def _minus(zero_point: int) -> str:
     return f"- {zero_point}" if zero_point >= 0 else f"+ {-zero_point}"
 
 
-def _last_output(points: Sequence[Point]) -> Text:
+def _last_output(points: Sequence[Point], others: bool) -> Text:
     outputs = [point for point in points if point.role == "output"]
     if not outputs:
         return Text("No module stores the qparams of an output: activations are float, or quantized at run time.")
     last = outputs[-1]
-    return Text(_printable(f"The output of the last module, {last.name}, means: real = {last.law}"))
+    which = "the last module in the file" + (" with qparams of its own" if others else "")
+    return Text(_printable(f"{which.capitalize()}, {last.name}, means: real = {last.law}"))
 
 
 def explain(checkpoint: Checkpoint) -> Explanation:
@@ -150,40 +158,34 @@ def explain(checkpoint: Checkpoint) -> Explanation:
     points: list[Point] = []
     floats: list[tuple[str, tuple[int, ...], str]] = []
     unread: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
+    outputs = {} if checkpoint.dialect == "plain" else module_outputs(checkpoint)
     for name, value in checkpoint.items():
         module, _, last = name.rpartition(".")
         if isinstance(value, QTensor):
             points.append(_tensor_point(name, value))
-        elif last == "scale" and _is_output(checkpoint, module):
-            points.append(_activation_point(module, value, checkpoint[f"{module}.zero_point"], name))
-        elif last == "zero_point" and _is_output(checkpoint, module):
+        elif last == "scale" and module in outputs:
+            scale, zero_point = outputs[module]
+            if module in checkpoint.packed and is_dynamic(scale, zero_point):
+                notes.append((module, _DYNAMIC))
+            elif not (np.isfinite(scale).all() and (scale > 0).all()):
+                notes.append((module, f"scale is {scale.item():g}: {_NO_LAW}"))
+            else:
+                points.append(_activation_point(module, scale, zero_point, name))
+        elif last == "zero_point" and module in outputs:
             continue
         elif isinstance(value, np.ndarray):
             floats.append((name, value.shape, str(value.dtype)))
         elif not (last == "dtype" and isinstance(value, containers.Global)):
-            unread.append((name, repr(value) if isinstance(value, str | int | float) else type(value).__name__))
+            unread.append((name, kind_of(value)))
     # A module's weight before its output, whatever the order of the file.
     order = {module: index for index, module in reversed(list(enumerate(map(_module, points))))}
     points.sort(key=lambda point: (order[_module(point)], point.role != "weight"))
-    return Explanation(checkpoint.path, checkpoint.dialect, tuple(points), tuple(floats), tuple(unread))
+    return Explanation(checkpoint.path, checkpoint.dialect, tuple(points), tuple(floats), tuple(unread), tuple(notes))
 
 
 def _module(point: Point) -> str:
     return point.name.rpartition(".")[0] if point.role == "weight" else point.name
-
-
-def _is_output(checkpoint: Checkpoint, module: str) -> bool:
-    """Whether a module has the scale and zero_point of an activation: one positive float and one integer."""
-    scale, zero_point = checkpoint.get(f"{module}.scale"), checkpoint.get(f"{module}.zero_point")
-    if (
-        checkpoint.dialect != "eager_static"
-        or not isinstance(scale, np.ndarray)
-        or not isinstance(zero_point, np.ndarray)
-    ):
-        return False
-    if scale.size != 1 or zero_point.size != 1 or scale.dtype.kind != "f" or zero_point.dtype.kind not in "iu":
-        return False
-    return bool(np.isfinite(scale).all() and (scale > 0).all())
 
 
 def _tensor_point(name: str, q: QTensor) -> Point:

@@ -12,12 +12,13 @@ from qjax import containers
 from qjax._formats import Int, int8, uint8
 from qjax._quantize import QTensor
 from qjax._spec import PerChannel, PerTensor, QuantSpec
+from qjax.containers._errors import quoted
 
 REBUILD_QTENSOR = "torch._utils._rebuild_qtensor"
 _PER_TENSOR = "torch.per_tensor_affine"
 _PER_CHANNEL = "torch.per_channel_affine"
 _FORMATS: dict[str, Int] = {"int8": int8, "uint8": uint8}
-_TORCH_NAMES = {"int8": "qint8", "uint8": "quint8"}
+_TORCH_NAMES = {"int8": "qint8", "uint8": "quint8", "int32": "qint32"}
 _RAW_DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
@@ -68,13 +69,18 @@ def _qtensor(codes: np.ndarray, scale: Any, zero_point: Any, spec: QuantSpec, pl
         axis = spec.granularity.axis
         if not 0 <= axis < codes.ndim or scales.shape != (codes.shape[axis],) or points.shape != scales.shape:
             raise containers.FormatError(
-                f"{place}: {scales.size} scales and {points.size} zero_points for axis {axis} of a tensor of shape "
-                f"{codes.shape}; expected one of each for each index of the axis. The file is damaged, or not from torch."
+                f"{scales.size} scales and {points.size} zero_points for axis {axis} of a tensor of shape {codes.shape}",
+                expected="one of each for each index of the axis",
+                mend="The file is damaged, or not from torch.",
+                place=f"tensor {quoted(place)}",
             )
-    if not np.all(np.isfinite(scales)) or np.any(scales <= 0):
+    bad = scales[~(np.isfinite(scales) & (scales > 0))]
+    if bad.size:
         raise containers.FormatError(
-            f"{place}: a scale is {scales[~(np.isfinite(scales) & (scales > 0))][0]}; expected positive and finite float32. "
-            "The model was converted before its observers saw data, or the file is damaged."
+            f"a scale of {bad[0]}",
+            expected="a positive and finite float32",
+            mend="The model was converted before its observers saw data, or the file is damaged.",
+            place=f"tensor {quoted(place)}",
         )
     return QTensor(codes, scale, zero_point, spec)  # type: ignore[arg-type]  # numpy arrays: nothing is copied to a device
 
@@ -83,7 +89,8 @@ def to_node(q: QTensor, name: str) -> containers.Call:
     """Turn a QTensor into the node that torch reads as a quantized tensor.
 
     Raises:
-      ValueError: Torch has no quantized dtype for the format.
+      ValueError: Torch has no quantized dtype for the format or no scheme for the granularity; or a scale is not positive
+        and finite, or there is not one for each channel.
     """
     dtype = str(np.dtype(q.codes.dtype))
     if dtype not in _FORMATS or q.spec.format.bits != 8:
@@ -92,13 +99,52 @@ def to_node(q: QTensor, name: str) -> containers.Call:
             "qjax.uint8, or save the codes as a plain array."
         )
     codes = np.asarray(q.codes)
-    if isinstance(q.spec.granularity, PerTensor):
+    granularity = q.spec.granularity
+    wanted: tuple[int, ...] = ()
+    if isinstance(granularity, PerChannel) and -codes.ndim <= granularity.axis < codes.ndim:
+        wanted = (codes.shape[granularity.axis],)
+    elif not isinstance(granularity, PerTensor):
+        raise ValueError(
+            f"{name}: torch has no quantized tensor of shape {codes.shape} that is {granularity}; it has per_tensor, and "
+            "per_channel of an axis of the tensor. Save the codes and the scale as plain arrays."
+        )
+    if np.shape(q.scale) != wanted or np.shape(q.zero_point) != wanted:
+        raise ValueError(
+            f"{name}: scale has shape {np.shape(q.scale)} and zero_point {np.shape(q.zero_point)}; {granularity} codes of "
+            f"shape {codes.shape} want {wanted}."
+        )
+    with np.errstate(over="ignore"):
+        scale = np.asarray(q.scale, np.float32).reshape(-1)
+    bad = scale[~(np.isfinite(scale) & (scale > 0))]
+    if bad.size:
+        raise ValueError(
+            f"{name}: a scale is {bad[0]}; it must be positive and finite. Calibrate on data that holds numbers only."
+        )
+    if isinstance(granularity, PerTensor):
         quantizer: tuple[Any, ...] = (containers.Global(_PER_TENSOR), float(q.scale), int(q.zero_point))
     else:
-        axis = q.spec.granularity.axis % codes.ndim
+        axis = granularity.axis % codes.ndim
         scales, points = np.asarray(q.scale, np.float64), np.asarray(q.zero_point, np.int64)
         quantizer = (containers.Global(_PER_CHANNEL), scales, points, axis)
     return containers.Call(REBUILD_QTENSOR, (codes, quantizer, False))
+
+
+def kind_of(node: Any) -> str:
+    """What to call a value that `from_node` has left as it is."""
+    if isinstance(node, containers.Parameter):
+        return kind_of(node.array)
+    if isinstance(node, containers.RawTensor):
+        return f"{node.dtype} tensor"
+    if isinstance(node, containers.Global):
+        return node.name
+    if not isinstance(node, containers.Call):
+        return repr(node) if isinstance(node, str | int | float) else type(node).__name__
+    if node.function != REBUILD_QTENSOR:
+        return node.function
+    codes, quantizer, _ = node.args
+    dtype = codes.dtype if isinstance(codes, containers.RawTensor) else str(codes.dtype)
+    floating = quantizer[0].name == _PER_CHANNEL and np.asarray(quantizer[2]).dtype.kind == "f"
+    return f"{_TORCH_NAMES.get(dtype, dtype)} tensor" + (" with float zero_points" if floating else "")
 
 
 def torch_dtype(spec: QuantSpec) -> str:

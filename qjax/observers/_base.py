@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax._qparams import QParams, channel_axis, choose_qparams
+from qjax._qparams import QParams, channel_axis, check_spec, choose_qparams
 from qjax._spec import PerChannel, QuantSpec
 
 State = Any  # a pytree of arrays; each observer names its own
@@ -36,6 +36,9 @@ class Observer(abc.ABC):
 
     #: Whether the range is found anew from each tensor, also when frozen: nothing is remembered between calls.
     dynamic = False
+
+    def __post_init__(self) -> None:
+        check_spec(self.spec, type(self).__name__)
 
     @abc.abstractmethod
     def init(self, x: ArrayLike) -> State:
@@ -88,6 +91,18 @@ def check_same_channels(state_shape: tuple[int, ...], x: jax.Array, spec: QuantS
         raise ValueError(
             f"{caller}: the state has statistics of shape {state_shape}, but x of shape {x.shape} under {spec.granularity} "
             f"has {channels(x, spec)}. Call init(x) for this tensor."
+        )
+
+
+def check_mergeable(a: NamedTuple, b: NamedTuple, caller: str) -> None:
+    """Two states merge only if they are of one kind and have statistics of the same channels."""
+    if type(a) is not type(b):
+        raise TypeError(f"{caller}: got states of two kinds, {type(a).__name__} and {type(b).__name__}.")
+    shapes = [[jnp.shape(leaf) for leaf in state] for state in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{caller}: the statistics have shapes {shapes[0][0]} and {shapes[1][0]}; only states of tensors with the same "
+            "channels can be merged."
         )
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from qjax._qparams import QParams
 from qjax._spec import QuantSpec
-from qjax.observers._base import Observer, channels, check_same_channels, min_max_of, qparams_of_range
+from qjax.observers._base import Observer, channels, check_mergeable, check_same_channels, min_max_of, qparams_of_range
 
 
 class MinMaxState(NamedTuple):
@@ -40,6 +40,7 @@ class MinMax(Observer):
 
     def merge(self, a: MinMaxState, b: MinMaxState) -> MinMaxState:
         """Return the range that holds both; exact, associative and commutative."""
+        check_mergeable(a, b, f"{type(self).__name__}.merge")
         return MinMaxState(jnp.minimum(a.min_val, b.min_val), jnp.maximum(a.max_val, b.max_val))
 
     def qparams(self, state: MinMaxState) -> QParams:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from qjax._arithmetic import unfused
 from qjax._qparams import QParams
 from qjax._spec import QuantSpec
-from qjax.observers._base import Observer, channels, check_same_channels, min_max_of, qparams_of_range
+from qjax.observers._base import Observer, channels, check_mergeable, check_same_channels, min_max_of, qparams_of_range
 
 
 class MovingAverageState(NamedTuple):
@@ -31,6 +31,12 @@ class MovingAverageMinMax(Observer):
     averaging_constant: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.averaging_constant, float | int):
+            raise TypeError(
+                f"moving_average_min_max: averaging_constant must be a float, got {self.averaging_constant!r} of type "
+                f"{type(self.averaging_constant).__name__}."
+            )
         if not 0.0 < self.averaging_constant <= 1.0:
             raise ValueError(
                 f"moving_average_min_max: averaging_constant must lie in (0, 1], got {self.averaging_constant!r}."
@@ -63,6 +69,7 @@ class MovingAverageMinMax(Observer):
 
     def merge(self, a: MovingAverageState, b: MovingAverageState) -> MovingAverageState:
         """Return the mean of the two ranges weighted by their updates; associative up to float32 rounding."""
+        check_mergeable(a, b, "MovingAverageMinMax.merge")
         count = a.count + b.count
         share = b.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
 

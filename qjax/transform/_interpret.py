@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._quantize import QTensor, dequantize, quantize_with_mask
+from qjax._qparams import channel_axis
+from qjax._quantize import QTensor, quantize_with_mask
 from qjax._requantize import add_bias, requantize_unclamped
-from qjax._spec import PerTensor
+from qjax._spec import PerChannel, PerTensor
 from qjax.estimators import straight_through
 from qjax.observers import Observer
 from qjax.transform import _jaxpr
+from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, unit_of
-from qjax.transform._recipe import Recipe, Rule
-from qjax.transform._trace import Constant, Graph, Node, Op
-from qjax.transform._values import Quantized, Scaled, Value, carry, thin, to_real
+from qjax.transform._recipe import Recipe
+from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
+from qjax.transform._values import Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
 
 Mode = Literal["init", "calibrate", "train", "eval"]
 Compute = Literal["codes", "dequantized"]
@@ -41,7 +43,7 @@ class State(dict[str, Any]):
         known = ", ".join(self) or "nothing"
         raise ValueError(
             f"prepared: qvars has no state for {key!r}; it knows {known}. It was made by the init of another function or "
-            "recipe: call init again."
+            "recipe, or with arguments (such as a train flag) under which the function has other ops. Call init again."
         )
 
 
@@ -53,23 +55,31 @@ class Interpreter:
       codes: The codes at each quantizer, by `"op/role"`.
       inputs: For each op, where its operands come from: the name of a quantizer, or "float".
       computed: For each op, how it was computed: "codes", "dequantized" or "float".
-      observed: The observer of each quantizer and the shape of what it sees.
+      observed: The observer of each quantizer that is used, and the shape of what it sees.
+      spare: The same for those that have nothing to do, because their operand is quantized already.
     """
 
     def __init__(self, plan: Plan, state: Mapping[str, Any]) -> None:
         self._plan = plan
         self._state = State(state)
+        self._early: dict[int, tuple[str, Observer]] = {}
         self.updates: dict[str, Any] = {}
         self.codes: dict[str, QTensor] = {}
         self.inputs: dict[str, tuple[str, str]] = {}
         self.computed: dict[str, str] = {}
         self.observed: dict[str, tuple[Observer, jax.ShapeDtypeStruct]] = {}
+        self.spare: dict[str, tuple[Observer, jax.ShapeDtypeStruct]] = {}
 
     def run(self, graph: Graph, operands: Sequence[Value]) -> list[Value]:
         """Evaluate the graph on values, one for each of its inputs."""
         env: dict[int, Value] = dict(zip(graph.inputs, operands, strict=True))
         env.update(graph.constants)
         ends = {epilogue.end: name for name, epilogue in graph.epilogues.items()}
+        if self._plan.mode == "eval":  # the deployed kernel rounds right after the op; so that its codes are predicted
+            quantizers = static_quantizers(graph, self._plan.recipe)
+            rounded = {name for name in graph.epilogues if self._observer(name, "output") is not None}
+            early = early_quantizers(graph, quantizers, rounded)
+            self._early.update({end: (key, quantizers[key]) for end, key in early.items()})
 
         def read(operand: Any) -> Value:
             return operand.value if isinstance(operand, Constant) else env[operand]
@@ -86,11 +96,25 @@ class Interpreter:
                 env[output] = self._output(ends[output], output, result) if output in ends else result
         return [read(operand) for operand in graph.outputs]
 
+    def run_abstractly(self, graph: Graph, leaves: Sequence[Any]) -> None:
+        """Evaluate the graph on shapes alone, for `inputs`, `computed` and `observed`; keeps no tracer."""
+
+        def evaluate(*leaves: Any) -> list[Any]:
+            outputs = [to_real(value) for value in self.run(graph, leaves)]
+            self.updates.clear()
+            self.codes.clear()
+            return outputs
+
+        jax.eval_shape(evaluate, *leaves)
+
     # -- ops ---------------------------------------------------------------------------------------------------------
 
+    def _observer(self, name: str, role: str) -> Observer | None:
+        rule = self._plan.recipe.rule_for(name)
+        return None if rule is None else rule.observer(role)
+
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
-        rule = self._plan.recipe.rule_for(op.name)
-        operands = [self._operand(op, rule, i, value) for i, value in enumerate(values)]
+        operands = [self._operand(op, i, value) for i, value in enumerate(values)]
         self.inputs[op.name] = (_origin(operands[0]), _origin(operands[1]))
         lhs, rhs = operands
         both = all(isinstance(operand, Quantized) for operand in operands)
@@ -107,25 +131,26 @@ class Interpreter:
     def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
         return multiply(op.contraction, lhs, rhs, unit, dtype, exact=self._plan.mode == "eval")
 
-    def _operand(self, op: Op, rule: Rule | None, index: int, value: Value) -> Value:
+    def _operand(self, op: Op, index: int, value: Value) -> Value:
         role = operand_role(op, index)
+        observer = self._observer(op.name, role)
         if isinstance(value, Quantized):
             result: Value = value
+            if observer is not None and self._plan.mode == "init":
+                # Not used here, but it may be with other arguments: dropout stands between two ops only in training.
+                self.spare[f"{op.name}/{role}"] = (observer, _shape(value.real()))
+        elif observer is None:
+            return to_real(value)
         else:
-            observer = None
-            if rule is not None:
-                observer = rule.weight_observer if role == "weight" else rule.input_observer
-            if observer is None:
-                return to_real(value)
             result = self._quantize(f"{op.name}/{role}", observer, value)
         if result.codes is not None:
             self.codes[f"{op.name}/{role}"] = result.tensor()
         return result
 
     def _output(self, name: str, value_id: int, value: Value) -> Value:
-        del value_id
-        rule = self._plan.recipe.rule_for(name)
-        observer = None if rule is None else rule.output_observer
+        if value_id in self._early:
+            return self._quantize(*self._early[value_id], value)
+        observer = self._observer(name, "output")
         if observer is None:
             return value
         result = self._quantize(f"{name}/output", observer, value)
@@ -137,13 +162,14 @@ class Interpreter:
 
     def _quantize(self, key: str, observer: Observer, value: Value) -> Quantized:
         real = to_real(value)
-        self.observed[key] = (observer, jax.ShapeDtypeStruct(real.shape, real.dtype))
-        mode = self._plan.mode
+        self.observed[key] = (observer, _shape(real))
+        spec, mode = observer.spec, self._plan.mode
+        if isinstance(spec.granularity, PerChannel):
+            channel_axis(spec, real.ndim, f"prepare ({key})")
         state = observer.init(real) if mode == "init" else self._state[key]
         if mode in ("calibrate", "train") or (observer.dynamic and mode == "eval"):
             state = observer.update(state, real)
         self.updates[key] = state
-        spec = observer.spec
         if mode == "calibrate":
             return Quantized(real, None, None, spec, key, real.dtype)
         qparams = observer.qparams(state)
@@ -159,7 +185,7 @@ class Interpreter:
             codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
         else:
             codes, in_range = quantize_with_mask(real, qparams, spec, caller=f"prepare ({key})")
-        dequantized = dequantize(QTensor(codes, qparams.scale, qparams.zero_point, spec), real.dtype)
+        dequantized = dequantize_unfused(QTensor(codes, qparams.scale, qparams.zero_point, spec), real.dtype)
         carrier = straight_through(real, lax.stop_gradient(dequantized), in_range)
         return Quantized(carrier, codes, qparams, spec, key, real.dtype)
 
@@ -188,6 +214,8 @@ class Interpreter:
         if operand in graph.broadcasts:
             source, dimensions = graph.broadcasts[operand]
             bias = thin(to_real(env[source]), dimensions, value.units.ndim)
+        if bias.ndim == 0:
+            bias = bias.reshape((1,) * value.units.ndim)
         if bias.ndim != value.units.ndim:
             return None
         bias = bias.astype(jnp.float32)
@@ -223,6 +251,7 @@ class Interpreter:
         self.inputs.update(inner.inputs)
         self.computed.update(inner.computed)
         self.observed.update(inner.observed)
+        self.spare.update(inner.spare)
         if self._plan.mode == "init":
             self.updates.update(inner.updates)
             self.codes.update(inner.codes)
@@ -246,6 +275,24 @@ class Interpreter:
         return call(values, state)
 
 
+def _shape(real: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(real.shape, real.dtype)
+
+
+def static_quantizers(graph: Graph, recipe: Recipe) -> dict[str, Observer]:
+    """The activation quantizers of the graph's own ops that have one frozen range for the tensor, by `"op/role"`."""
+    found: dict[str, Observer] = {}
+    for node in graph.nodes:
+        rule = None if node.op is None else recipe.rule_for(node.op.name)
+        if node.op is None or rule is None:
+            continue
+        for role in {operand_role(node.op, 0), operand_role(node.op, 1), "output"} - {"weight"}:
+            observer = rule.observer(role)
+            if observer is not None and not observer.dynamic and isinstance(observer.spec.granularity, PerTensor):
+                found[f"{node.op.name}/{role}"] = observer
+    return found
+
+
 def _zero_tangent(value: Any) -> Any:
     return jax.numpy.zeros(
         value.shape, jax.dtypes.float0 if not jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
@@ -254,10 +301,3 @@ def _zero_tangent(value: Any) -> Any:
 
 def _origin(value: Value) -> str:
     return value.quantizer if isinstance(value, Quantized) else "float"
-
-
-def operand_role(op: Op, index: int) -> str:
-    """What an operand is to its op: "weight" or "input", or "lhs" and "rhs" between two activations."""
-    if op.weight is None:
-        return ("lhs", "rhs")[index]
-    return "weight" if op.weight == index else "input"

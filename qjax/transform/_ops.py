@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-from qjax.transform._interpret import Interpreter, operand_role
+from qjax.transform._interpret import Interpreter
 from qjax.transform._recipe import Recipe
-from qjax.transform._trace import Trace
+from qjax.transform._trace import Trace, operand_role
 
-_HEADER = ("op", "kind", "lhs", "rhs", "weight", "quantized", "rule")
+_HEADER = ("op", "kind", "lhs", "rhs", "weight", "compute", "rule")
 
 
 @dataclasses.dataclass(frozen=True)

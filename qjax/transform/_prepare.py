@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax._qparams import is_concrete
 from qjax._quantize import QTensor
-from qjax.transform._interpret import Compute, Interpreter, Mode, Plan, operand_role
+from qjax.transform._interpret import Compute, Interpreter, Mode, Plan
 from qjax.transform._ops import OpTable, op_table
 from qjax.transform._recipe import Recipe
 from qjax.transform._trace import Trace, trace
@@ -42,12 +42,12 @@ def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, c
     once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the
     next quantizer sees what the deployed fbgemm kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale
     varies along a contracted axis, or with `compute="dequantized"`, the dequantized operands are multiplied instead.
-    Codes are kept for the backward pass, a byte an element, by a custom_vjp; use `"dequantized"` for forward-mode
-    derivatives.
+    Codes are kept for the backward pass, a byte an element, by a custom_vjp. That is for first derivatives: forward mode
+    is refused, and second derivatives take the codes for constants. Use `"dequantized"` for either.
 
     Args:
-      fn: Any function of arrays; `fn(params, *args) -> out`. Arguments that are not arrays (bool, int, str, None, …)
-        are passed on as they are.
+      fn: Any function of arrays; `fn(params, *args) -> out`, without keyword arguments. Arguments that are not arrays
+        (bool, int, str, None, …) are passed on as they are; Python floats are traced like arrays.
       recipe: Which ops are quantized how.
       params_argnum: Which argument holds the parameters.
       compute: `"codes"` or `"dequantized"`.
@@ -93,7 +93,7 @@ class Prepared:
         self.recipe = recipe
         self.params_argnum = params_argnum
         self.compute: Compute = compute
-        self.signature: tuple[Any, ...] | None = None  # of the last call: shapes only, for `convert`
+        self.signature: tuple[Any, ...] | None = None  # of init or the last "eval" call: shapes only, for `convert`
 
     def init(self, *args: Any) -> QuantVars:
         """Return the quantizer variables before anything was observed; only shapes matter.
@@ -105,11 +105,17 @@ class Prepared:
           RecipeError: A rule matches no op.
         """
         interpreter = self._abstract(args)
-        state = {
-            key: observer.init(jax.numpy.zeros(seen.shape, seen.dtype))
-            for key, (observer, seen) in interpreter.observed.items()
-        }
-        return QuantVars({}, state)
+        self.signature = shapes_of(tuple(args))
+        quantizers = interpreter.spare | interpreter.observed
+
+        @jax.jit  # what is observed is never made: its shape is all that an observer's init looks at
+        def init() -> dict[str, Any]:
+            return {
+                key: observer.init(jax.numpy.zeros(seen.shape, seen.dtype))
+                for key, (observer, seen) in quantizers.items()
+            }
+
+        return QuantVars({}, init())
 
     def __call__(self, qvars: QuantVars, *args: Any, mode: CallMode = "train") -> tuple[Any, QuantVars]:
         """Evaluate the quantized function.
@@ -124,7 +130,8 @@ class Prepared:
           What fn returns, and the new `QuantVars`.
 
         Raises:
-          ValueError: An unknown mode, `qvars` of another function or recipe, or "eval" before anything was observed.
+          ValueError: An unknown mode, `qvars` of another function or recipe, or "eval" before anything was observed. Under
+            `jit` with traced `qvars` the last cannot be seen: what has observed nothing has scale 1 and zero_point 0.
         """
         out, updates, _ = self._evaluate(qvars, args, mode)
         return out, qvars if mode == "eval" else QuantVars(qvars.params, {**qvars.state, **updates})
@@ -148,9 +155,6 @@ class Prepared:
             )
         leaves, in_tree = jax.tree.flatten(tuple(args))
         is_array = [_is_array(leaf) for leaf in leaves]
-        self.signature = jax.tree.unflatten(
-            in_tree, [_shape(leaf) if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)]
-        )
         # Each argument keeps its place and loses the leaves that are not arrays, which the function closes over.
         dynamic = jax.tree.unflatten(
             in_tree, [leaf if traced else None for leaf, traced in zip(leaves, is_array, strict=True)]
@@ -162,21 +166,21 @@ class Prepared:
             return self.fn(*jax.tree.unflatten(in_tree, whole))
 
         traced = trace(call, self.params_argnum, dynamic)
-        self.recipe.check([op.name for op in traced.graph.ops()])
+        self.recipe.check([op.name for op in traced.graph.ops()], traced.unquantized)
         return traced
 
     @staticmethod
     def array_leaves(args: Sequence[Any]) -> list[Any]:
-        """The leaves that the traced function takes, in its order."""
-        return [leaf for leaf in jax.tree.leaves(tuple(args)) if _is_array(leaf)]
+        """The leaves that the traced function takes, in its order; numpy's and Python's as JAX sees them."""
+        leaves = [leaf for leaf in jax.tree.leaves(tuple(args)) if _is_array(leaf)]
+        return [
+            leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jax.numpy.asarray(leaf) for leaf in leaves
+        ]
 
     def _abstract(self, args: Sequence[Any]) -> Interpreter:
         traced = self.trace(*args)
         interpreter = Interpreter(Plan(self.recipe, "init", self.compute), {})
-        jax.eval_shape(
-            lambda *leaves: [to_real(value) for value in interpreter.run(traced.graph, leaves)],
-            *self.array_leaves(args),
-        )
+        interpreter.run_abstractly(traced.graph, self.array_leaves(args))
         return interpreter
 
     def _evaluate(
@@ -192,39 +196,41 @@ class Prepared:
                 "Call prepared(qvars, params, x)."
             )
         traced = self.trace(*args)
-        if mode == "eval":
-            check_calibrated(self.recipe, traced, qvars)
         interpreter = Interpreter(Plan(self.recipe, cast(Mode, mode), self.compute), qvars.state)
         outputs = interpreter.run(traced.graph, self.array_leaves(args))
+        if mode == "eval":
+            self.signature = shapes_of(tuple(args))
+            check_calibrated(interpreter, qvars)
         out = jax.tree.unflatten(traced.out_tree, [to_real(value) for value in outputs])
         return out, interpreter.updates, interpreter.codes
 
 
-def check_calibrated(recipe: Recipe, traced: Trace, qvars: QuantVars) -> None:
-    """Raise when a quantizer that is to be frozen has seen nothing; concrete states only."""
-    for op in traced.graph.ops():
-        rule = recipe.rule_for(op.name)
-        if rule is None:
+def check_calibrated(interpreter: Interpreter, qvars: QuantVars) -> None:
+    """Raise when a quantizer that was used frozen has seen nothing; only concrete states can be looked at."""
+    for key, (observer, _) in interpreter.observed.items():
+        state = qvars.state.get(key)
+        if state is None or observer.dynamic or not is_concrete(*jax.tree.leaves(state)):
             continue
-        roles = {operand_role(op, i): rule.input_observer for i in (0, 1)} | {"output": rule.output_observer}
-        if op.weight is not None:
-            roles["weight"] = rule.weight_observer
-        for role, observer in roles.items():
-            state = qvars.state.get(f"{op.name}/{role}")
-            if state is None or observer is None or observer.dynamic or not is_concrete(*jax.tree.leaves(state)):
-                continue
-            if not bool(observer.is_calibrated(state)):
-                raise ValueError(
-                    f"prepared: the {role} of {op.name} has observed nothing, so it has no range to quantize with. Run "
-                    'some batches with mode="calibrate" or mode="train" first.'
-                )
+        with jax.ensure_compile_time_eval():  # under jit, too, what is concrete can be looked at
+            calibrated = bool(observer.is_calibrated(state))
+        if not calibrated:
+            op, _, role = key.rpartition("/")
+            raise ValueError(
+                f"prepared: the {role} of {op} has observed nothing, so it has no range to quantize with. Run some batches "
+                'with mode="calibrate" or mode="train" first.'
+            )
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct)
 
 
-def _shape(leaf: Any) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+def shapes_of(tree: Any) -> Any:
+    """The tree with each array replaced by its shape and dtype; leaves that are not arrays stay as they are."""
+
+    def shape(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not _is_array(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+
+    return jax.tree.map(shape, tree)

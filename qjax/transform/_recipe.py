@@ -48,6 +48,8 @@ class Rule:
     output: Role = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"Rule: pattern must be a str, got {self.pattern!r} of type {type(self.pattern).__name__}.")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -63,6 +65,12 @@ class Rule:
     def matches(self, name: str) -> bool:
         """Whether the rule takes the op of this name."""
         return re.fullmatch(self.pattern, name) is not None
+
+    def observer(self, role: str) -> Observer | None:
+        """The observer of a role: "weight", "output", or "input", which "lhs" and "rhs" share."""
+        if role == "weight":
+            return self.weight_observer
+        return self.output_observer if role == "output" else self.input_observer
 
     @property
     def weight_observer(self) -> Observer | None:
@@ -105,6 +113,8 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     def __init__(self, rules: Iterable[Rule]) -> None:
+        if isinstance(rules, Rule) or not isinstance(rules, Iterable):
+            raise TypeError(f"Recipe: expected a list of Rule objects, got {rules!r}. Write qjax.Recipe([rule, ...]).")
         object.__setattr__(self, "rules", tuple(rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
@@ -114,13 +124,15 @@ class Recipe:
         """The rule that takes the op of this name."""
         return next((rule for rule in reversed(self.rules) if rule.matches(name)), None)
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raise `RecipeError` when a rule matches none of the ops."""
+    def check(self, names: Sequence[str], unquantized: Sequence[tuple[str, str, str]]) -> None:
+        """Raise `RecipeError` when a rule matches none of the ops that can be quantized."""
         for rule in self.rules:
-            if not any(rule.matches(name) for name in names):
-                listed = (
-                    "\n".join(f"  {name}" for name in names) or "  (none: the function has no dot and no convolution)"
-                )
-                raise RecipeError(
-                    f"Rule({rule.pattern!r}) matches no op. A pattern has to match the whole name. The ops are:\n{listed}"
-                )
+            if any(rule.matches(name) for name in names):
+                continue
+            lines = [f"  {name}" for name in names] or ["  (none)"]
+            if unquantized:
+                lines += ["These are left in float:", *(f"  {name}: {why}" for name, _, why in unquantized)]
+            raise RecipeError(
+                f"Rule({rule.pattern!r}) matches no op. A pattern has to match the whole name. The ops are:\n"
+                + "\n".join(lines)
+            )

@@ -27,6 +27,7 @@ WEIGHT_PRESERVING = frozenset(
         "rev",
         "sharding_constraint",
         "slice",
+        "split",
         "squeeze",
         "transpose",
     }
@@ -58,6 +59,14 @@ class Op:
     weight: int | None  # which operand is the weight
     path: Path | None  # of the parameter that the weight is
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # lhs, rhs, output
+    dtypes: tuple[Any, Any]  # lhs, rhs
+
+
+def operand_role(op: Op, index: int) -> str:
+    """What an operand is to its op: "weight" or "input", or "lhs" and "rhs" between two activations."""
+    if op.weight is None:
+        return ("lhs", "rhs")[index]
+    return "weight" if op.weight == index else "input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Epilogue:
 
 @dataclasses.dataclass
 class Graph:
-    """A traced function: `jit` calls are inlined; remat and custom_jvp calls that hold ops have a body of their own."""
+    """A traced function: `jit` is inlined where it matters; remat and custom_jvp that hold ops have a body of their own."""
 
     inputs: list[int]
     constants: list[tuple[int, Any]]
@@ -97,6 +106,18 @@ class Graph:
     weights: dict[int, Path]  # values that come from a parameter, and which
     broadcasts: dict[int, tuple[int, tuple[int, ...]]]  # value -> (what was broadcast, its dimensions)
     epilogues: dict[str, Epilogue]  # by op name
+
+    def consumers(self) -> dict[int, list[Node | None]]:
+        """The nodes that use each value; None stands for being an output of the graph."""
+        found: dict[int, list[Node | None]] = {}
+        for node in self.nodes:
+            for value in node.inputs:
+                if isinstance(value, int):
+                    found.setdefault(value, []).append(node)
+        for value in self.outputs:
+            if isinstance(value, int):
+                found.setdefault(value, []).append(None)
+        return found
 
     def ops(self) -> Iterator[Op]:
         """Every op in program order, those in bodies included."""
@@ -193,7 +214,7 @@ class _Builder:
             inputs = tuple(self._read(env, atom) for atom in eqn.invars)
             inner_scope = "/".join(filter(None, (scope, _jaxpr.name_stack(eqn))))
             called = _jaxpr.body(eqn)
-            if called is not None and _holds_op(called[0]) and _jaxpr.is_jit(eqn):
+            if called is not None and _jaxpr.is_jit(eqn) and (_holds_op(called[0]) or _only_moves(called[0])):
                 inner: dict[Any, Operand] = dict(zip(called[0].invars, inputs, strict=True))
                 self._add_body(graph, called[0], called[1], inner, inner_scope)
                 env.update(zip(eqn.outvars, (self._read(inner, atom) for atom in called[0].outvars), strict=True))
@@ -218,7 +239,7 @@ class _Builder:
         if called is None:
             for kind in _ops_inside(eqn):
                 name = self._unique("/".join(filter(None, (scope, eqn.primitive.name, kind))))
-                self.unquantized.append((name, kind, f"inside {eqn.primitive.name}, which is left in float"))
+                self.unquantized.append((name, kind, f"inside {eqn.primitive.name}, which is not rewritten"))
         self._propagate(graph, eqn, inputs, outputs)
         return Node(eqn, inputs, outputs, is_relu=_is_relu(eqn))
 
@@ -238,7 +259,8 @@ class _Builder:
         assert contraction is not None
         name = _op_path_name(path) if path else (scope or kind)
         shapes = (avals[0].shape, avals[1].shape, eqn.outvars[0].aval.shape)
-        return Op(self._unique(name or kind), kind, contraction, weight, path, shapes), ""
+        dtypes = (avals[0].dtype, avals[1].dtype)
+        return Op(self._unique(name or kind), kind, contraction, weight, path, shapes, dtypes), ""
 
     @staticmethod
     def _propagate(graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...]) -> None:
@@ -247,7 +269,7 @@ class _Builder:
         paths = [graph.weights.get(value) if isinstance(value, int) else None for value in inputs]
         known = [path for path in paths if path is not None]
         if len(known) == len(paths):
-            graph.weights[outputs[0]] = known[0] if len(known) == 1 else _common_path(known)
+            graph.weights.update(dict.fromkeys(outputs, known[0] if len(set(known)) == 1 else _common_path(known)))
         dimensions = _jaxpr.broadcast_dimensions(eqn)
         if dimensions is not None:
             graph.broadcasts[outputs[0]] = (inputs[0], dimensions)
@@ -266,6 +288,15 @@ def _common_path(paths: Sequence[Path]) -> Path:
 def _holds_op(jaxpr: Any) -> bool:
     return any(
         eqn.primitive.name in _OPS or (_jaxpr.body(eqn) is not None and _holds_op(_jaxpr.body(eqn)[0]))  # type: ignore[index]
+        for eqn in jaxpr.eqns
+    )
+
+
+def _only_moves(jaxpr: Any) -> bool:
+    """Whether a weight is still that weight behind it, as behind the `jit` that `jnp.flip` and others wrap themselves in."""
+    return all(
+        eqn.primitive.name in WEIGHT_PRESERVING
+        or (_jaxpr.is_jit(eqn) and all(map(_only_moves, _jaxpr.inner_jaxprs(eqn))))
         for eqn in jaxpr.eqns
     )
 
@@ -291,14 +322,7 @@ def _is_relu(eqn: Any) -> bool:
 
 def _find_epilogues(graph: Graph) -> dict[str, Epilogue]:
     """Follow each op's result through casts, one bias and one ReLU, while each step is the only use of the one before."""
-    consumers: dict[int, list[Node | None]] = {}
-    for node in graph.nodes:
-        for value in node.inputs:
-            if isinstance(value, int):
-                consumers.setdefault(value, []).append(node)
-    for value in graph.outputs:
-        if isinstance(value, int):
-            consumers.setdefault(value, []).append(None)
+    consumers = graph.consumers()
     found: dict[str, Epilogue] = {}
     for node in graph.nodes:
         if node.op is None:

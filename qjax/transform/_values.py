@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax._arithmetic import unfused
 from qjax._qparams import QParams
 from qjax._quantize import QTensor
 from qjax._spec import PerTensor, QuantSpec
@@ -39,7 +40,7 @@ class Scaled:
 
     def real(self) -> jax.Array:
         """The real that it stands for."""
-        return (self.units * lax.stop_gradient(self.unit)).astype(self.dtype)
+        return _rescale(self.units, self.unit).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,7 @@ class Quantized:
 
     def real(self) -> jax.Array:
         """The dequantized reals."""
-        return self.carrier if self.carrier is not None else self.tensor().dequantize(self.dtype)
+        return self.carrier if self.carrier is not None else dequantize_unfused(self.tensor(), self.dtype)
 
     @property
     def ndim(self) -> int:
@@ -74,6 +75,24 @@ class Quantized:
         assert self.codes is not None
         assert self.qparams is not None
         return QTensor(self.codes, self.qparams.scale, self.qparams.zero_point, self.spec)
+
+
+@jax.custom_jvp
+def _rescale(units: jax.Array, unit: jax.Array) -> jax.Array:
+    # Whatever is added next must not be contracted with this product, or jit would give other floats than eager calls.
+    return unfused(units * unit)
+
+
+@_rescale.defjvp
+def _rescale_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _rescale(*primals), tangents[0] * primals[1]  # the unit is a statistic: no gradient flows into it
+
+
+def dequantize_unfused(tensor: QTensor, dtype: Any) -> jax.Array:
+    """The reals that the codes stand for, the same floats whether or not an addition that follows is compiled with it."""
+    return unfused(tensor.dequantize()).astype(dtype)
 
 
 Value = Any  # jax.Array | Scaled | Quantized

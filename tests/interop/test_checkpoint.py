@@ -1,5 +1,6 @@
 """load and save, without torch."""
 
+import re
 import zipfile
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import qjax
 from qjax import containers
+from qjax.interop._torch_tensors import from_node
 from tests.interop.programs import affine, qtensor
 
 
@@ -71,6 +73,7 @@ def test_packed_parameters_are_unpacked(tmp_path):
     qjax.interop.save(tmp_path / "a.pt", {"fc._packed_params._packed_params": (weight, bias)})
     loaded = qjax.interop.load(tmp_path / "a.pt")
     assert list(loaded) == ["fc.weight", "fc.bias"]
+    assert loaded.packed == {"fc"}
     assert_same(loaded["fc.weight"], weight)
     qjax.interop.save(tmp_path / "a.pt", {"_packed_params._packed_params": (weight, None)})
     assert list(qjax.interop.load(tmp_path / "a.pt")) == ["weight"]
@@ -92,7 +95,7 @@ def test_dialect_is_recognised(tmp_path):
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     qjax.interop.save(tmp_path / "a.pt", {"weight": np.zeros(1), "bias": np.zeros(1)})
     checkpoint = qjax.interop.load(tmp_path / "a.pt")
-    with pytest.raises(KeyError, match=r"no tensor 'wieght'; it has weight, bias"):
+    with pytest.raises(KeyError, match=r"^\".*a\.pt has no tensor 'wieght'; it has weight, bias\"$"):
         checkpoint["wieght"]
 
 
@@ -102,7 +105,11 @@ def test_formats_that_torch_has_not_are_refused_and_nothing_is_written(tmp_path)
     before = path.read_bytes()
     spec = qjax.QuantSpec(qjax.int4, symmetric=True)
     q4 = qjax.quantize(jnp.ones(3), qjax.QParams(jnp.float32(1), jnp.int32(0)), spec)
-    with pytest.raises(ValueError, match=r"layer.w: torch has no quantized tensor for int4; it has qint8 and quint8"):
+    message = (
+        r"layer\.w: torch has no quantized tensor for int4; it has qint8 and quint8\. Quantize with qjax\.int8 or qjax\.uint8, "
+        r"or save the codes as a plain array\."
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
         qjax.interop.save(path, {"layer": {"w": q4}})
     with pytest.raises((TypeError, ValueError), match=r"(?s)x.*object"):
         qjax.interop.save(path, {"x": np.asarray([object()])})
@@ -114,16 +121,96 @@ def test_formats_that_torch_has_not_are_refused_and_nothing_is_written(tmp_path)
 @pytest.mark.parametrize("axis", [None, 0])
 def test_scales_that_cannot_be_are_refused(tmp_path, scale, axis):
     q = qtensor(axis=axis)
+    path = tmp_path / "a.pt"
     bad = np.full(np.shape(q.scale), scale, np.float32)
-    qjax.interop.save(tmp_path / "a.pt", {"w": qjax.QTensor(q.codes, bad, q.zero_point, q.spec)})
-    with pytest.raises(containers.FormatError, match=r"w: a scale is .*expected positive and finite"):
-        qjax.interop.load(tmp_path / "a.pt")
+    message = rf"layer\.w: a scale is {scale}; it must be positive and finite\. Calibrate .* numbers only\."
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        qjax.interop.save(path, {"layer": {"w": qjax.QTensor(q.codes, bad, q.zero_point, q.spec)}})
+    assert not path.exists()
+    write_qtensor(path, q.codes, bad, q.zero_point, axis)
+    message = (
+        rf"{re.escape(str(path))}: tensor 'w': found a scale of {scale}; expected a positive and finite float32\. "
+        r"The model was converted before its observers saw data, or the file is damaged\."
+    )
+    with pytest.raises(containers.FormatError, match=f"^{message}$"):
+        qjax.interop.load(path)
+
+
+def write_qtensor(path, codes, scale, zero_point, axis=None):
+    """Write what torch's kernels might hold, unchecked."""
+    if axis is None:
+        quantizer = (containers.Global("torch.per_tensor_affine"), float(scale), int(zero_point))
+    else:
+        scales, points = np.asarray(scale, np.float64), np.asarray(zero_point, np.int64)
+        quantizer = (containers.Global("torch.per_channel_affine"), scales, points, axis)
+    call = containers.Call("torch._utils._rebuild_qtensor", (np.asarray(codes), quantizer, False))
+    containers.write_torch_zip(path, containers.Record({"w": call}))
+
+
+def test_channel_scales_of_another_number_are_refused(tmp_path):
+    path, q = tmp_path / "a.pt", qtensor(axis=0)
+    message = r"w: scale has shape \(3,\) and zero_point \(4,\); per_channel\(0\) codes of shape \(4, 3\) want \(4,\)\."
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        qjax.interop.save(path, {"w": qjax.QTensor(q.codes, q.scale[:3], q.zero_point, q.spec)})
+    spec = q.spec.replace(granularity=qjax.PerChannel(2))
+    outside = qjax.QTensor(q.codes, q.scale, q.zero_point, spec)
+    message = (
+        r"w: torch has no quantized tensor of shape \(4, 3\) that is per_channel\(2\); it has per_tensor, and per_channel of "
+        r"an axis of the tensor\. Save the codes and the scale as plain arrays\."
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        qjax.interop.save(tmp_path / "a.pt", {"w": outside})
+
+
+def test_what_is_no_mapping_of_names_is_refused(tmp_path):
+    message = r"save: tensors must be a mapping from names to tensors, got list\. Give each a name, such as .*\."
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        qjax.interop.save(tmp_path / "a.pt", [1, 2])
+    with pytest.raises(TypeError, match=r"^save: the key 1 is of type int; names must be str\.$"):
+        qjax.interop.save(tmp_path / "a.pt", {1: np.zeros(1), "1": np.ones(1)})
+    with pytest.raises(TypeError, match=r"^save: the key 0 in state\.inner is of type int; names must be str\.$"):
+        qjax.interop.save(tmp_path / "a.pt", {"state": {"inner": {0: 1}}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    path = tmp_path / "missing" / "a.pt"
+    with pytest.raises(FileNotFoundError) as error:
+        qjax.interop.save(path, {"w": qtensor()})
+    assert error.value.filename == str(path)
+    assert ".tmp" not in str(error.value)
+    folder = tmp_path / "folder.pt"
+    folder.mkdir()
+    with pytest.raises(OSError, match=re.escape(str(folder))) as error:
+        qjax.interop.save(folder, {"w": qtensor()})
+    assert ".tmp" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_file_that_is_no_state_dict_says_what_it_is(tmp_path):
-    containers.write_torch_zip(tmp_path / "a.pt", [1, 2])
-    with pytest.raises(containers.FormatError, match=r"holds a list, expected a state dict"):
-        qjax.interop.load(tmp_path / "a.pt")
+    path = tmp_path / "a.pt"
+    containers.write_torch_zip(path, [1, 2])
+    message = (
+        rf"{re.escape(str(path))}: found an object of type list; expected a state dict\. "
+        r"Save model\.state_dict\(\) rather than the model or a single tensor\."
+    )
+    with pytest.raises(containers.FormatError, match=f"^{message}$"):
+        qjax.interop.load(path)
+
+
+@pytest.mark.parametrize(
+    ("axis", "points", "found"), [(0, 3, "3 scales and 3"), (5, 3, "3 scales and 3"), (1, 2, "3 scales and 2")]
+)
+def test_channels_that_contradict_the_shape_are_refused(axis, points, found):
+    scheme = containers.Global("torch.per_channel_affine")
+    quantizer = (scheme, np.ones(3), np.zeros(points, np.int64), axis)
+    call = containers.Call("torch._utils._rebuild_qtensor", (np.zeros((4, 3), np.int8), quantizer, False))
+    with pytest.raises(containers.FormatError) as error:  # containers.read has mostly refused it before
+        from_node(call, "a\nb")
+    assert str(error.value) == (
+        f"tensor 'a\\nb': found {found} zero_points for axis {axis} of a tensor of shape (4, 3); expected one of each for each "
+        "index of the axis. The file is damaged, or not from torch."
+    )
 
 
 def test_cut_files_and_foreign_files_are_refused(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,3 +103,111 @@ def test_an_entry_that_rounds_otherwise_than_torch_is_warned_of():
     with pytest.warns(UserWarning, match="simulated with convention 'torch_fake'.*torch_real"):
         eager_static(program(entry=A8), MODULES)
     assert ENTRY.convention == "torch_real"  # which the other tests use, without a warning
+
+
+def changed(index, **changes):
+    """The program with some fields of one op replaced."""
+    integer = program()
+    ops = list(integer.ops)
+    ops[index] = dataclasses.replace(ops[index], **changes)
+    integer.ops = tuple(ops)
+    return integer
+
+
+@pytest.mark.parametrize("quantize", ["quant", None])
+def test_an_input_that_is_quantized_where_torch_cannot_is_refused(quantize):
+    spec, qparams = program().ops[2].input
+    other = (spec, qjax.QParams(2 * qparams.scale, qparams.zero_point))
+    integer = changed(2, input=other, input_quantizer="Dense_0/input")
+    message = (
+        r"eager_static: the input of Dense_0 is quantized by itself \(Dense_0/input\), not by the op that makes it, and torch "
+        r"has no module that requantizes there \(such as after a tanh .* Quantize the output of the op before it .* the two\."
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        eager_static(integer, MODULES, quantize=quantize)
+
+
+def test_a_tanh_between_two_ops_is_refused():
+    def model(params, x):
+        return jnp.tanh(x @ params["a"]["w"]) @ params["b"]["w"]
+
+    params = {name: {"w": jax.random.normal(jax.random.key(i), (4, 4))} for i, name in enumerate("ab")}
+    recipe = qjax.Recipe([qjax.Rule(".*", weight=W8, input=ENTRY, output=A8)])
+    prepared = qjax.prepare(model, recipe)
+    x = jax.random.normal(jax.random.key(9), (16, 4))
+    _, qvars = prepared(prepared.init(params, x), params, x, mode="calibrate")
+    integer = qjax.convert(prepared, qvars, params)
+    with pytest.raises(ValueError, match=r"the input of b is quantized by itself \(b/input\).*such as after a tanh"):
+        eager_static(integer, {"a": Linear("a"), "b": Linear("b")})
+
+
+def test_a_second_branch_off_the_models_input_is_an_entry_too():
+    first = program().ops[0]
+    integer = changed(1, input=first.input, input_quantizer="Conv_1/input")
+    state = eager_static(integer, MODULES)
+    assert state["quant.scale"] == np.asarray(first.input[1].scale)
+    other = (first.input[0], qjax.QParams(first.input[1].scale, first.input[1].zero_point + 1))
+    with pytest.raises(ValueError, match=r"the input of Conv_1 is quantized by itself"):
+        eager_static(changed(1, input=other, input_quantizer="Conv_1/input"), MODULES)
+
+
+def test_every_input_is_checked_and_not_only_the_first():
+    with pytest.raises(ValueError, match=r"the input of Dense_1 is not quantized.* rule with output="):
+        eager_static(changed(3, input=None, input_quantizer=None), MODULES)
+    point = program().ops[2].input
+    with pytest.raises(
+        ValueError, match=r"the input of Dense_0 is int8 affine per_tensor; torch's fbgemm kernels want"
+    ):
+        eager_static(changed(2, input=(qjax.QuantSpec(qjax.int8), point[1])), MODULES)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"lhs_dilation": (2, 2)}, r"Conv_1 dilates its input by \(2, 2\), as a transposed convolution does"),
+        ({"batch_group_count": 2}, r"Conv_1 has batch_group_count=2"),
+        ({"padding": ((0, 1), (1, 1))}, r'Conv_1 pads by \(\(0, 1\), \(1, 1\)\).*"SAME" pads unevenly.*padding=1'),
+        ({"padding": ((-1, -1), (1, 1))}, r"Conv_1 pads by"),
+    ],
+)
+def test_convolutions_that_torch_has_not_are_refused(geometry, message):
+    conv = dataclasses.replace(program().ops[1].contraction, **geometry)
+    with pytest.raises(ValueError, match=message):
+        eager_static(changed(1, contraction=conv), MODULES)
+
+
+def test_strides_dilation_and_even_padding_are_torchs_too():
+    conv = dataclasses.replace(
+        program().ops[1].contraction, padding=((2, 2), (0, 0)), window_strides=(2, 1), rhs_dilation=(2, 2)
+    )
+    assert "conv2.weight" in eager_static(changed(1, contraction=conv), MODULES)
+
+
+def test_a_depthwise_convolution_of_the_full_range_is_warned_of():
+    op = program().ops[1]
+    scale, zero_point = op.weight.scale, op.weight.zero_point
+    weight = qjax.QTensor(op.weight.codes[:, :, :1], scale, zero_point, op.weight.spec)
+    depthwise = dataclasses.replace(op.contraction, feature_group_count=6)
+    full = (op.input[0].replace(reduce_range=False), op.input[1])
+    with pytest.warns(
+        UserWarning, match=r"Conv_1 is a depthwise convolution.*may saturate.*reduce_range=True"
+    ) as caught:
+        eager_static(changed(1, weight=weight, contraction=depthwise, input=full), MODULES)
+    assert [warning.filename for warning in caught] == [__file__]
+    # None of these warns, which would be an error.
+    eager_static(changed(1, weight=weight, contraction=depthwise), MODULES)
+    eager_static(changed(1, input=full), MODULES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, {}), r"eager_static: integer must come from qjax\.convert, got NoneType\."),
+        (("program", ["conv1"]), r"eager_static: modules must map the names of ops to Conv2d and Linear, got list\."),
+        (("program", {"Conv_0": "conv1"}), r"eager_static: modules must map .*; got 'Conv_0': 'conv1'\."),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, message):
+    integer, modules = arguments
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        eager_static(program() if integer else None, modules)

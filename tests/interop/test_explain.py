@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import _cli
+from qjax import _cli, containers
 from tests.interop.programs import MODULES, affine, program, qtensor
 
 
@@ -58,7 +58,8 @@ def test_the_table_fits_80_columns_and_says_the_law(path):
     text = str(qjax.interop.explain(qjax.interop.load(path)))
     assert max(map(len, text.splitlines())) <= 80
     last = program().ops[-1].output[1]
-    assert f"fc2, means: real = {float(last.scale):.6g} · (q - {int(last.zero_point)})" in " ".join(text.split())
+    last_line = "The last module in the file, fc2, means: real ="
+    assert f"{last_line} {float(last.scale):.6g} · (q - {int(last.zero_point)})" in " ".join(text.split())
     assert "per_channel(0)" in text
 
 
@@ -82,15 +83,116 @@ def test_names_cannot_act_on_a_terminal(tmp_path):
 
 def test_what_has_no_quantized_meaning_is_listed_as_it_is(tmp_path):
     values = {"w": qtensor(), "norm.scale": np.ones(7, np.float32), "norm.zero_point": np.zeros(7), "epoch": 3}
-    values |= {"bad.scale": np.float32(-1), "bad.zero_point": np.int64(0)}
+    values |= {"one.scale": np.float32(1), "one.zero_point": np.float32(0)}
     qjax.interop.save(tmp_path / "a.pt", values)
     explanation = qjax.interop.explain(qjax.interop.load(tmp_path / "a.pt"))
     assert [point.name for point in explanation.points] == ["w"]
     assert [name for name, _, _ in explanation.floats] == [
-        "norm.scale", "norm.zero_point", "bad.scale", "bad.zero_point",
+        "norm.scale", "norm.zero_point", "one.scale", "one.zero_point",
     ]  # fmt: skip
     assert explanation.unread == (("epoch", "3"),)
     assert "No module stores the qparams of an output" in str(explanation)
+
+
+def packed(name, scale, zero_point, weight=None):
+    """A Linear of torch as it stands in a file."""
+    return {
+        f"{name}.scale": np.float32(scale),
+        f"{name}.zero_point": np.int64(zero_point),
+        f"{name}._packed_params.dtype": containers.Global("torch.qint8"),
+        f"{name}._packed_params._packed_params": (qtensor() if weight is None else weight, np.zeros(4, np.float32)),
+    }
+
+
+def explained(place, values):
+    qjax.interop.save(place / "a.pt", values)
+    return qjax.interop.explain(qjax.interop.load(place / "a.pt"))
+
+
+DYNAMIC = "dynamic (or never calibrated): scale and zero_point are found at run time"
+
+
+def test_a_dynamic_linear_has_no_output_law(tmp_path):
+    explanation = explained(tmp_path, packed("fc1", 1, 0) | packed("fc2", 1, 0))
+    assert explanation.dialect == "eager_dynamic"
+    assert [(point.name, point.role) for point in explanation.points] == [
+        ("fc1.weight", "weight"),
+        ("fc2.weight", "weight"),
+    ]
+    assert explanation.notes == (("fc1", DYNAMIC), ("fc2", DYNAMIC))
+    assert [name for name, _, _ in explanation.floats] == ["fc1.bias", "fc2.bias"]
+    assert explanation.unread == ()
+    text = " ".join(str(explanation).split())
+    assert f"The output of fc2: {DYNAMIC}." in text
+    assert "means: real" not in text
+    assert json.loads(explanation.to_json())["notes"] == [["fc1", DYNAMIC], ["fc2", DYNAMIC]]
+
+
+def test_a_float16_dynamic_linear_is_dynamic_too(tmp_path):
+    explanation = explained(tmp_path, packed("fc", 1, 0, np.ones((4, 3), np.float32)))
+    assert (explanation.dialect, explanation.points) == ("eager_dynamic", ())
+    assert f"The output of fc: {DYNAMIC}." in " ".join(str(explanation).split())
+
+
+@pytest.mark.parametrize(("scale", "zero_point"), [(1, 3), (0.5, 0)])
+def test_a_packed_module_with_qparams_of_its_own_is_static(tmp_path, scale, zero_point):
+    explanation = explained(tmp_path, packed("fc1", scale, zero_point))
+    assert (explanation.dialect, explanation.notes) == ("eager_static", ())
+    assert explanation.points[-1].law == f"{scale} · (q - {zero_point})"
+
+
+def test_a_module_that_is_not_packed_may_have_scale_1(tmp_path):
+    values = {"conv.weight": qtensor(), "conv.scale": np.float32(1), "conv.zero_point": np.int64(0)}
+    explanation = explained(tmp_path, values)
+    assert (explanation.dialect, explanation.notes) == ("eager_static", ())
+    assert explanation.points[-1].law == "1 · (q - 0)"
+
+
+def test_a_file_of_both_kinds_does_not_call_the_static_one_its_last_module(tmp_path):
+    explanation = explained(tmp_path, packed("fc1", 0.5, 7) | packed("fc2", 1, 0))
+    assert explanation.dialect == "eager_static"
+    assert explanation.notes == (("fc2", DYNAMIC),)
+    text = " ".join(str(explanation).split())
+    assert "The last module in the file with qparams of its own, fc1, means: real = 0.5 · (q - 7)" in text
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "0", "-1"])
+def test_a_scale_that_cannot_be_is_said(tmp_path, scale):
+    explanation = explained(tmp_path, packed("fc1", float(scale), 7))
+    assert explanation.floats == (("fc1.bias", (4,), "float32"),)
+    why = f"scale is {scale}: the model was converted before its observers saw data, or the file is damaged"
+    assert explanation.notes == (("fc1", why),)
+    assert f"The output of fc1: {why}." in " ".join(str(explanation).split())
+    json.loads(explanation.to_json())
+
+
+def test_tensors_without_a_format_here_are_named(tmp_path):
+    def call(codes, *quantizer):
+        return containers.Call("torch._utils._rebuild_qtensor", (codes, quantizer, False))
+
+    scheme = containers.Global("torch.per_tensor_affine")
+    values = {
+        "i": call(np.zeros(3, np.int32), scheme, 0.5, 0),
+        "rows": call(
+            np.zeros((3, 2), np.uint8),
+            containers.Global("torch.per_channel_affine"),
+            np.ones(3, np.float32),
+            np.zeros(3, np.float32),
+            0,
+        ),
+        "kind": containers.Global("torch.qint32"),
+        "device": containers.Call("torch.device", ("cpu",)),
+    }
+    found = dict(explained(tmp_path, values).unread)
+    assert found == {
+        "i": "qint32 tensor",
+        "rows": "quint8 tensor with float zero_points",
+        "kind": "torch.qint32",
+        "device": "torch.device",
+    }
+    nibbles = call(containers.RawTensor("quint4x2", np.zeros(3, np.uint8)), scheme, 0.5, 0)
+    checkpoint = qjax.interop.Checkpoint({"n": nibbles}, path="a.pt", metadata={}, dialect="plain")
+    assert "Not interpreted: n: quint4x2 tensor\n" in str(qjax.interop.explain(checkpoint))
 
 
 def test_json_holds_what_the_table_holds(path):

@@ -139,6 +139,18 @@ def test_a_real_eager_static_model_is_read_and_explained(tmp_path):
     np.testing.assert_array_equal(reals, output.dequantize().numpy())
 
 
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+def test_a_real_eager_dynamic_model_is_known_as_such(tmp_path, dtype):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    model = torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}, dtype=dtype)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    explanation = qjax.interop.explain(qjax.interop.load(tmp_path / "a.pt"))
+    assert explanation.dialect == "eager_dynamic"
+    assert [name for name, _ in explanation.notes] == ["0", "2"]
+    assert {point.role for point in explanation.points} <= {"weight"}
+    assert len(explanation.points) == (2 if dtype == torch.qint8 else 0)
+
+
 def test_the_written_state_dict_has_the_keys_types_and_versions_of_torchs_own(tmp_path):
     qjax.interop.save(tmp_path / "a.pt", qjax.interop.eager_static(program(), MODULES))
     written = torch.load(tmp_path / "a.pt", weights_only=True)

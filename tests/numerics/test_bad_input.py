@@ -24,6 +24,17 @@ CONSTRUCTORS = {
     "bits too many": (lambda: Int(9), ValueError, ["bits", "from 2 to 8", "got 9"]),
     "bits a float": (lambda: Int(8.0), ValueError, ["bits", "integer", "got 8.0"]),
     "bits a bool": (lambda: Int(True), ValueError, ["bits", "got True"]),
+    "signed a string": (lambda: Int(8, signed="no"), TypeError, ["signed", "True or False", "'no'"]),
+    "observer of a format": (
+        lambda: qjax.observers.min_max(qjax.int8),
+        TypeError,
+        ["spec must be a qjax.QuantSpec", "Int", r"qjax.QuantSpec\(qjax.int8\)"],
+    ),
+    "averaging constant a string": (
+        lambda: qjax.observers.moving_average_min_max(PER_TENSOR, "slow"),
+        TypeError,
+        ["averaging_constant", "float", "'slow'"],
+    ),
     "narrow unsigned": (lambda: Int(8, signed=False, narrow=True), ValueError, ["narrow=True", "signed=True"]),
     "axis not an int": (lambda: PerChannel("out"), TypeError, ["axis", "int", "'out'", "str"]),
     "axis a bool": (lambda: PerChannel(True), TypeError, ["axis", "True", "bool"]),
@@ -55,7 +66,7 @@ CONSTRUCTORS = {
             ValueError,
             ["eps", "positive and finite", str(eps)],
         )
-        for eps in (0.0, -1e-8, float("inf"), float("nan"))
+        for eps in (0.0, -1e-8, float("inf"), float("nan"), 1e-40)
     },
 }
 
@@ -123,7 +134,14 @@ TENSORS = {
     ),
     "scale zero": ((X, QParams(jnp.float32(0), ZERO), PER_TENSOR), ValueError, ["scale", "positive", "got 0.0", "eps"]),
     "scale negative": ((X, QParams(-ONE, ZERO), PER_TENSOR), ValueError, ["scale", "positive", "got -1.0"]),
-    "scale NaN": ((X, QParams(jnp.float32(np.nan), ZERO), PER_TENSOR), ValueError, ["scale", "got nan", "NaN scale"]),
+    "scale infinite": ((X, QParams(jnp.float32(np.inf), ZERO), PER_TENSOR), ValueError, ["scale", "finite", "got inf"]),
+    "spec a format": ((X, QParams(ONE, ZERO), qjax.int8), TypeError, ["spec must be a qjax.QuantSpec", "Int"]),
+    "qparams a tuple": ((X, (ONE, ZERO), PER_TENSOR), TypeError, ["qparams must be a qjax.QParams", "got tuple"]),
+    "scale NaN": (
+        (X, QParams(jnp.float32(np.nan), ZERO), PER_TENSOR),
+        ValueError,
+        ["scale", "got nan", "held NaN"],
+    ),
     "one scale bad": ((X, per_row((1, -2, 1)), PER_ROW), ValueError, ["scale", "got -2.0 for channel 1"]),
     "zero_point below": (
         (X, QParams(ONE, jnp.int32(-129)), PER_TENSOR),
@@ -229,3 +247,23 @@ def test_presets():
 )
 def test_a_spec_reads_as_one_says_it(spec, words):
     assert str(spec) == words
+
+
+def test_an_axis_may_be_a_numpy_integer():
+    assert PerChannel(np.int64(1)) == PerChannel(1)
+    assert type(PerChannel(np.int64(1)).axis) is int
+
+
+@pytest.mark.parametrize(
+    "make", [qjax.observers.min_max, qjax.observers.moving_average_min_max, qjax.observers.dynamic]
+)
+def test_states_of_other_channels_or_kinds_do_not_merge(make):
+    observer = make(QuantSpec(qjax.int8, granularity=PerChannel(0)))
+    three = observer.update(observer.init(X), X)
+    one = observer.update(observer.init(X[:1]), X[:1])
+    assert_raises(lambda: observer.merge(three, one), ValueError, [r"\(3,\) and \(1,\)", "same channels"])
+    other = qjax.observers.moving_average_min_max if make is qjax.observers.min_max else qjax.observers.min_max
+    if make is not qjax.observers.dynamic:
+        foreign = other(observer.spec)
+        state = foreign.update(foreign.init(X), X)
+        assert_raises(lambda: observer.merge(three, state), TypeError, ["MinMaxState", "MovingAverageState"])

@@ -5,32 +5,25 @@ Rounding to codes is monotone, so it commutes with picking elements: with max-po
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from qjax.transform import _jaxpr
-from qjax.transform._interpret import operand_role
-from qjax.transform._trace import Graph, Node
+from qjax.transform._trace import Graph, Node, operand_role
 from qjax.transform._values import LAYOUT
 
 
-def early_quantizers(graph: Graph, quantizers: Mapping[str, object]) -> dict[int, str]:
+def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Container[str]) -> dict[int, str]:
     """For each value that an op gives out: the one quantizer that all of its uses end at, if there is one.
 
     Args:
       graph: The traced function, or the body of a call in it.
-      quantizers: The quantizers that there are, by `"op/role"`.
+      quantizers: The static per-tensor quantizers that there are, by `"op/role"`.
+      rounded: Names of the ops whose output has a quantizer of its own.
 
     Returns:
       Quantizer by value, for values without an output quantizer of their own.
     """
-    consumers: dict[int, list[Node | None]] = {}
-    for node in graph.nodes:
-        for value in node.inputs:
-            if isinstance(value, int):
-                consumers.setdefault(value, []).append(node)
-    for value in graph.outputs:
-        if isinstance(value, int):
-            consumers.setdefault(value, []).append(None)
+    consumers = graph.consumers()
 
     def destinations(value: int) -> set[str | None]:
         found: set[str | None] = set()
@@ -48,7 +41,7 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object]) -> dict[int
 
     early: dict[int, str] = {}
     for name, epilogue in graph.epilogues.items():
-        if f"{name}/output" in quantizers:
+        if name in rounded:
             continue
         ends = destinations(epilogue.end)
         only = next(iter(ends)) if len(ends) == 1 else None
