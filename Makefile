@@ -19,10 +19,10 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 $(PYENV
 	"$$python" $(call RUNS_AT_LEAST,3.11) && { echo "$$python"; break; }; done)
 
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
-PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-holds test lint format types newest clean
+.PHONY: help demo demo-holds test test-long lint format types newest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -38,7 +38,10 @@ demo-holds: $(VENV)/.demo-installed ## check that the last demo showed what it s
 	$(VENV)/bin/python -m experiments.demo.check runs/demo/results.json
 
 test: $(VENV)/.test-installed ## run the tests and the examples in docstrings
-	$(VENV)/bin/python $(PYTEST)
+	$(VENV)/bin/python $(PYTEST) -m "not long" $(ARGS)
+
+test-long: $(VENV)/.test-installed ## run the tests that compile for long
+	$(VENV)/bin/python $(PYTEST) -m long $(ARGS)
 
 lint: $(VENV)/.dev-installed ## check style and format (ruff)
 	$(VENV)/bin/ruff check .
@@ -63,7 +66,7 @@ newest: ## run the tests with the newest JAX, on Python 3.13 where there is one
 	echo "installing the newest JAX that pyproject.toml lets in, and the tests' other needs, into $(NEWEST) …"; \
 	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e ".[test]"; \
 	$(NEWEST)/bin/python -c 'import jax, sys; print("jax", jax.__version__, "on Python", sys.version.split()[0])'; \
-	$(NEWEST)/bin/python $(PYTEST)
+	$(NEWEST)/bin/python $(PYTEST) $(ARGS)
 
 clean: ## remove environments, caches and runs
 	rm -rf $(VENV) $(NEWEST) runs build dist .pytest_cache .ruff_cache .hypothesis
