@@ -27,6 +27,7 @@ from tests.transform.models import (
 )
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(case=cases())
 def test_random_networks(case):
@@ -47,6 +48,7 @@ def test_random_networks(case):
     np.testing.assert_array_equal(out, integer_out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("style", "granularity"),
     [("input", qjax.PerTensor()), ("both", qjax.PerChannel(-1))],

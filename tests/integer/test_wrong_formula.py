@@ -61,6 +61,7 @@ def codes_differ(prepared, params, x, many_qvars):
     return sum(mismatches(predict(qvars), compute(qvars))[0] for qvars in many_qvars)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrong", [reciprocal, rescaled_first, zero_point_before_rounding, truncated])
 @pytest.mark.parametrize("granularity", [qjax.PerTensor(), qjax.PerChannel(-1)], ids=str)
 def test_requantization(rng, monkeypatch, wrong, granularity):

@@ -63,6 +63,7 @@ def test_both_in_one_jit(rng):
     assert not (before == quantized).all()
 
 
+@pytest.mark.long
 def test_no_tracer_leaks(rng):
     fn = jax.checkpoint(jax.jit(mlp))
     params, x = mlp_params(rng), normal(rng, 4, 6)

@@ -115,6 +115,7 @@ def test_eval_leaves_the_variables_alone_and_train_does_not(rng):
     assert jax.tree.structure(after) == jax.tree.structure(qvars)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("network", "recipe"),
     [("mlp", INPUTS), ("cnn", Recipe([Rule(".*", weight=W8, input=A8, output=A8)])), ("residual", INPUTS)],
@@ -215,6 +216,7 @@ def test_values_outside_the_range_saturate(rng):
     assert {0, 255} <= set(np.unique(codes).tolist())
 
 
+@pytest.mark.long
 def test_attention_by_hand(rng):
     def attend(params, x):
         q, k, v = (x @ params[name]["w"] for name in "qkv")
