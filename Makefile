@@ -22,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-holds test test-long lint format types newest clean
+.PHONY: help demo demo-holds test test-long docs lint format types newest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -42,6 +42,9 @@ test: $(VENV)/.test-installed ## run the tests and the examples in docstrings
 
 test-long: $(VENV)/.test-installed ## run the tests that compile for long
 	$(VENV)/bin/python $(PYTEST) -m long $(ARGS)
+
+docs: $(VENV)/.demo-installed ## write the generated pages anew (docs/conventions.md)
+	$(VENV)/bin/python docs/generate_conventions.py
 
 lint: $(VENV)/.dev-installed ## check style and format (ruff)
 	$(VENV)/bin/ruff check .
@@ -74,7 +77,7 @@ clean: ## remove environments, caches and runs
 
 # What each stamp installs. Types are checked against everything that qjax and the experiments import.
 $(VENV)/.demo-installed: EXTRAS = demo
-$(VENV)/.test-installed: EXTRAS = test
+$(VENV)/.test-installed: EXTRAS = test,peers
 $(VENV)/.dev-installed:  EXTRAS = dev,experiments
 
 # constraints.txt was made for Python 3.11 and names releases that newer Pythons may not have: it is used on 3.11 alone.

@@ -1,20 +1,60 @@
 """qjax: simulated quantization in JAX, trained through and handed to PyTorch. See README.md."""
 
 from qjax import containers, estimators, integer, interop, observers, transform
+from qjax._block_formats import (
+    mxfp4,
+    mxfp6_e2m3,
+    mxfp6_e3m2,
+    mxfp8_e4m3,
+    mxfp8_e5m2,
+    mxint8,
+    nvfp4,
+    nvfp4_16x16,
+)
 from qjax._fake_quantize import fake_quantize
-from qjax._formats import Int, int2, int4, int8, uint2, uint4, uint8
+from qjax._formats import (
+    Codebook,
+    Float,
+    Int,
+    binary,
+    e2m1,
+    e2m3,
+    e3m2,
+    e4m3,
+    e4m3fnuz,
+    e5m2,
+    e5m2fnuz,
+    e8m0,
+    int2,
+    int4,
+    int8,
+    int16,
+    nf4,
+    ternary,
+    uint2,
+    uint4,
+    uint8,
+    uint16,
+)
+from qjax._granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qjax._packing import pack, packed_size, unpack
 from qjax._qparams import QParams, choose_qparams
 from qjax._quantize import QTensor, dequantize, quantize
-from qjax._spec import PerChannel, PerTensor, QuantSpec
+from qjax._spec import QuantSpec
 from qjax.integer import IntegerOp, IntegerProgram, convert
 from qjax.transform import Prepared, QuantVars, Recipe, RecipeError, Rule, prepare
 
 __all__ = [
+    "Codebook",
+    "Float",
     "Int",
     "IntegerOp",
     "IntegerProgram",
+    "PerBlock",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
+    "PerToken",
     "Prepared",
     "QParams",
     "QTensor",
@@ -23,22 +63,46 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "binary",
     "choose_qparams",
     "containers",
     "convert",
     "dequantize",
+    "e2m1",
+    "e2m3",
+    "e3m2",
+    "e4m3",
+    "e4m3fnuz",
+    "e5m2",
+    "e5m2fnuz",
+    "e8m0",
     "estimators",
     "fake_quantize",
     "int2",
     "int4",
     "int8",
+    "int16",
     "integer",
     "interop",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp8_e4m3",
+    "mxfp8_e5m2",
+    "mxint8",
+    "nf4",
+    "nvfp4",
+    "nvfp4_16x16",
     "observers",
+    "pack",
+    "packed_size",
     "prepare",
     "quantize",
+    "ternary",
     "transform",
     "uint2",
     "uint4",
     "uint8",
+    "uint16",
+    "unpack",
 ]

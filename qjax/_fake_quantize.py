@@ -13,16 +13,24 @@ from qjax._spec import QuantSpec
 from qjax.estimators import straight_through
 
 
-def fake_quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec) -> jax.Array:
+def fake_quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.Array | None = None) -> jax.Array:
     """Round x to the reals that the codes represent: `(q - zero_point) · scale` with q from `qjax.quantize`.
 
-    The gradient is straight-through with torch's mask: `dx = dy · 1[quant_min <= q <= quant_max]`, q before clamping.
-    No gradient flows into scale or zero_point.
+    The gradient is straight-through with the spec's mask, dx = dy where it is true and 0 elsewhere:
+
+    | mask                      | true where                                          |
+    |---------------------------|-----------------------------------------------------|
+    | "after_rounding" (torch)  | quant_min <= q <= quant_max, q before it is clamped |
+    | "before_rounding" (LSQ)   | quant_min <= x / scale + zero_point <= quant_max    |
+    | "none"                    | everywhere                                          |
+
+    The two differ for x within half a step outside the range. No gradient flows into scale or zero_point.
 
     Args:
       x: float32, bfloat16 or float16, any shape. bfloat16 and float16 are computed in float32 and cast back.
-      qparams: Scale and zero_point of shape `()`, or `(x.shape[axis],)` for a per-channel spec.
+      qparams: Scale and zero_point of shape `()`, or `(x.shape[axis],)` for a per-channel spec, and so on.
       spec: The format, granularity and convention; what becomes of NaN and infinities is in `qjax.quantize`.
+      key: A random key, for the stochastic rounding modes and for them alone.
 
     Returns:
       Array of the shape and dtype of x.
@@ -46,6 +54,6 @@ def fake_quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec) -> jax.Array:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
     """
     x = jnp.asarray(x)
-    codes, in_range = quantize_with_mask(x, qparams, spec, caller="fake_quantize")
-    value = dequantize(QTensor(codes, qparams.scale, qparams.zero_point, spec), x.dtype)
+    codes, in_range = quantize_with_mask(x, qparams, spec, key=key, caller="fake_quantize")
+    value = dequantize(QTensor.of(codes, qparams, spec), x.dtype)
     return straight_through(x, lax.stop_gradient(value), in_range)

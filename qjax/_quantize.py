@@ -6,14 +6,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from qjax._arithmetic import fma, unfused
-from qjax._qparams import QParams, check_qparams, expand
-from qjax._rounding import round_half_even
-from qjax._spec import PerChannel, QuantSpec
+from qjax._arithmetic import divide, fma, unfused
+from qjax._codes import code_of, round_to_dtype, value_of
+from qjax._conventions import E4M3_RULES, MODELOPT_EPS
+from qjax._formats import Int
+from qjax._granularity import expand
+from qjax._qparams import QParams, check_qparams, check_spec
+from qjax._rounding import random_bits, round_real
+from qjax._spec import QuantSpec
 
 _INT64_LIMIT = 2.0**63
+_INT32_LIMIT = 2.0**31
 
 
 @jax.tree_util.register_dataclass
@@ -22,15 +28,33 @@ class QTensor:
     """A quantized tensor; a pytree whose leaves are codes, scale and zero_point.
 
     Invariants:
-      * `codes` has the shape of the tensor that was quantized, and dtype `spec.format.storage_dtype`.
-      * `scale` (float32) and `zero_point` (int32) have shape `()` per tensor, `(codes.shape[axis],)` per channel.
-      * The tensor it stands for is `(codes - zero_point) · scale`, which `dequantize()` returns.
+      * `codes` has the shape of the tensor that was quantized, and dtype `spec.format.storage_dtype`: whole numbers of an
+        `Int` format, bit patterns of a `Float`, indices of a `Codebook`.
+      * `scale` (float32) and `zero_point` (int32, float32 under `float_zero_point`) have the shape of the statistic: `()` per
+        tensor, `(codes.shape[axis],)` per channel, and so on.
+      * `tensor_scale` and `amax` are None but for NVFP4 and ModelOpt; see `QParams`.
+      * The tensor it stands for is `(q - zero_point) · scale`, q being `values()`, which `dequantize()` returns.
     """
 
     codes: jax.Array
     scale: jax.Array
     zero_point: jax.Array
     spec: QuantSpec = dataclasses.field(metadata={"static": True})
+    tensor_scale: jax.Array | None = None
+    amax: jax.Array | None = None
+
+    @staticmethod
+    def of(codes: jax.Array, qparams: QParams, spec: QuantSpec) -> QTensor:
+        """Put codes and the qparams that they were made with together."""
+        point_dtype = jnp.float32 if spec.float_zero_point else jnp.int32
+        return QTensor(
+            codes,
+            jnp.asarray(qparams.scale).astype(jnp.float32),
+            jnp.asarray(qparams.zero_point).astype(point_dtype),
+            spec,
+            qparams.tensor_scale,
+            qparams.amax,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,39 +64,58 @@ class QTensor:
     @property
     def qparams(self) -> QParams:
         """Scale and zero_point together."""
-        return QParams(self.scale, self.zero_point)
+        return QParams(self.scale, self.zero_point, self.tensor_scale, self.amax)
+
+    def values(self) -> jax.Array:
+        """The numbers that the codes stand for before they are scaled, as float32: `q` of the law."""
+        return value_of(jnp.asarray(self.codes), self.spec.format)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return `(codes - zero_point) · scale`; see `qjax.dequantize`."""
         return dequantize(self, dtype)
 
 
-def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec) -> QTensor:
-    """Turn reals into integer codes.
+def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.Array | None = None) -> QTensor:
+    """Turn reals into codes: `q = clamp(rint(x / scale) + zero_point)`, or as the spec's convention has it.
 
-    With inv = 1/scale in float32 and z = zero_point, by `spec.convention`:
+    With inv = 1/scale in float32, z = zero_point, and rint for the spec's rounding (exact halves to even, by default):
 
-    - `"torch_fake"`: `q = clamp(z + rint(x · inv), quant_min, quant_max)`.
-    - `"torch_real"`, per tensor: `q = clamp(rint(fma(x, inv, z)))`; per channel: `q = clamp(rint(z + x · inv))`;
-      clamped at the limits of the format.
+    | convention, granularity            | q                                                    | NaN     | +inf    | -inf   |
+    |------------------------------------|------------------------------------------------------|---------|---------|--------|
+    | torch_fake, per tensor             | clamp(rint(x · inv) + z)                             | lowest  | highest | lowest |
+    | torch_fake, others                 | clamp(rint(x · inv) + z)                             | lowest  | lowest  | lowest |
+    | torch_fake, float zero_point       | clamp(rint(fma(x, inv, z)))                          | lowest  | lowest  | lowest |
+    | torch_real, per tensor             | clamp(rint(fma(x, inv, z)))                          | highest | highest | lowest |
+    | torch_real, others                 | clamp(rint(x · inv + z))                             | 0       | highest | lowest |
+    | torch_real, float zero_point       | clamp(rint(x · inv + z))                             | 0       | 0       | 0      |
+    | torch_decomposed, tensor, channel  | clamp(rint(x · inv) + z)                             | 0       | highest | lowest |
+    | torch_decomposed, token, group     | clamp(rint(x · inv + z))                             | 0       | highest | lowest |
+    | torchao                            | clamp(rint(x · inv) + z); floats: clamp(x / s)       | 0       | highest | lowest |
+    | onnx, aimet                        | clamp(rint(x / s) + z)                               | 0       | highest | lowest |
+    | brevitas                           | clamp(rint(x / s + z))                               | 0       | highest | lowest |
+    | modelopt                           | clamp(rint(x · (quant_max / amax)))                  | 0       | highest | lowest |
+    | compressed_tensors                 | rint(clamp(x / s + z))                               | 0       | highest | lowest |
 
-    `rint` rounds exact halves to even. What becomes of the rest, as in torch 2.13:
+    (torch's per-channel fake-quant converts to int64 before it clamps, so what overflows turns up at the bottom; its kernel
+    for float_qparams converts to int32, so what overflows wraps. "0" is the code 0, or the one nearest to it in range.)
+    Where a library leaves a code undefined or keeps NaN, the table says what it is here; docs/conventions.md says which.
 
-    | convention, granularity | NaN            | +inf      | -inf      |
-    |-------------------------|----------------|-----------|-----------|
-    | torch_fake, per tensor  | lowest code    | highest   | lowest    |
-    | torch_fake, per channel | lowest code    | lowest    | lowest    |
-    | torch_real, per tensor  | highest code   | highest   | lowest    |
-    | torch_real, per channel | code 0 clamped | highest   | lowest    |
+    Codes of a `Float` or a `Codebook` are the nearest number of the format to `x / scale`, NaN as the format has it. Of NVFP4
+    that is `x · ((1 / tensor_scale) / scale)`, as torchao computes it. In a block format a NaN spoils the scale of its block,
+    and so the block.
 
-    (torch's per-channel fake-quant converts to int64 before it clamps, so what overflows turns up at the bottom.)
+    "torchao", "compressed_tensors", "brevitas", "onnx" and "torch_decomposed" (token, group) round after every operation to
+    the dtype that x and scale share: bfloat16 arithmetic where x and `qparams.scale` are both bfloat16. "aimet" does so in the
+    dtype of x where that is precise enough: float16 to 8 bits, bfloat16 to 4.
+
     Denormals are flushed to zero. For scales from 2^-100 to 2^100 that changes no code. Outside it may: at the latest below
     2^-125, where x is denormal, and above 2^126, where 1/scale is, so that every finite x gets the code zero_point.
 
     Args:
-      x: float32, bfloat16 or float16, any shape; computed in float32.
-      qparams: As `choose_qparams` returns them; shape `()` or `(x.shape[axis],)`.
+      x: float32, bfloat16 or float16, any shape; computed in float32 but for the rounding named above.
+      qparams: As `choose_qparams` returns them; shape `()` or `(x.shape[axis],)`, or that of groups, blocks or tokens.
       spec: The format, granularity and convention.
+      key: A random key, for the stochastic rounding modes and for them alone.
 
     Returns:
       QTensor with codes of the shape of `x`.
@@ -80,7 +123,7 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec) -> QTensor:
     Raises:
       TypeError: x is not floating point, or zero_point is not integer.
       ValueError: Wrong shape, axis out of range, scale not positive, or zero_point outside the range (values are checked
-        when they are concrete).
+        when they are concrete); a key is missing, or not wanted.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -90,50 +133,147 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec) -> QTensor:
       [-42  11 127]
 
     References:
-      PyTorch, `aten/src/ATen/native/quantized/cpu/kernels/QuantizedOpKernels.cpp` and
-      `aten/src/ATen/native/quantized/AffineQuantizer.cpp`.
+      For each convention the `source` of its row in `qjax/_conventions.py`.
     """
-    codes, _ = quantize_with_mask(x, qparams, spec, caller="quantize")
-    scale, zero_point = jnp.asarray(qparams.scale), jnp.asarray(qparams.zero_point)
-    return QTensor(codes, scale.astype(jnp.float32), zero_point.astype(jnp.int32), spec)
+    codes, _ = quantize_with_mask(x, qparams, spec, key=key, caller="quantize")
+    return QTensor.of(codes, qparams, spec)
 
 
-def quantize_with_mask(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, caller: str) -> tuple[jax.Array, jax.Array]:
-    """Return the codes, and where the code was in range before it was clamped (torch's gradient mask)."""
+def quantize_with_mask(
+    x: ArrayLike, qparams: QParams, spec: QuantSpec, *, caller: str, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the codes, and where the gradient passes under the spec's mask."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}. Convert it first.")
     if not isinstance(qparams, QParams):
         raise TypeError(f"{caller}: qparams must be a qjax.QParams(scale, zero_point), got {type(qparams).__name__}.")
-    qparams = QParams(jnp.asarray(qparams.scale).astype(jnp.float32), jnp.asarray(qparams.zero_point))
+    check_spec(spec, caller)
+    scale, point = map(jnp.asarray, qparams)
+    dtype = _op_dtype(x, scale, spec)
+    qparams = QParams(scale.astype(jnp.float32), point, qparams.tensor_scale, qparams.amax)
     check_qparams(qparams, spec, x, caller)
-    inv = expand(1.0 / qparams.scale, spec, x.ndim, caller)
-    zero_point = expand(qparams.zero_point.astype(jnp.float32), spec, x.ndim, caller)
-    unclamped = _unclamped_codes(x.astype(jnp.float32), inv, zero_point, spec)
+    bits = random_bits(key, x.shape, spec.rounding, caller)
+    scaled = _scaled(x.astype(jnp.float32), qparams, spec, dtype, caller)
+    if not isinstance(spec.format, Int):
+        codes, in_range = code_of(scaled, spec.format, spec.rounding, bits)
+        if spec.effective_mask == "before_rounding":
+            in_range = _within_amax(x, qparams, spec, caller)
+            if in_range is None:
+                in_range = (scaled >= spec.quant_min) & (scaled <= spec.quant_max)
+        return codes, in_range | (spec.effective_mask == "none")
+    zero_point = expand(point.astype(jnp.float32), spec.granularity, x.shape, caller)
+    unclamped, before = _integer_codes(scaled, x, qparams, zero_point, bits, spec, dtype, caller)
     low, high = spec.clamp_limits
-    in_range = (unclamped >= low) & (unclamped <= high)
-    codes = jnp.clip(unclamped, low, high)
-    return codes.astype(spec.format.storage_dtype), in_range
+    codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
+    match spec.effective_mask:
+        case "after_rounding":
+            # A NaN may have the code 0, which is in range; no gradient passes through it all the same.
+            in_range = (unclamped >= low) & (unclamped <= high) & ~jnp.isnan(x)
+        case "before_rounding":
+            in_range = _within_amax(x, qparams, spec, caller)
+            if in_range is None:
+                in_range = (before >= low) & (before <= high)
+        case "none":
+            in_range = jnp.ones(x.shape, bool)
+    return codes, in_range
 
 
-def _unclamped_codes(x: jax.Array, inv: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
-    """The rounded codes as float32, NaN and overflow already sent where the convention sends them."""
-    per_channel = isinstance(spec.granularity, PerChannel)
-    beyond_low, beyond_high = spec.format.quant_min - 1.0, spec.format.quant_max + 1.0
-    if spec.convention == "torch_fake":
-        codes = zero_point + round_half_even(x * inv)
-        if per_channel:
-            return jnp.where(jnp.abs(codes) < _INT64_LIMIT, codes, beyond_low)
-        return jnp.where(jnp.isnan(codes), beyond_low, codes)
-    if per_channel:
-        codes = round_half_even(zero_point + unfused(x * inv))
-        return jnp.where(jnp.isnan(codes), 0.0, codes)
-    codes = round_half_even(fma(x, inv, zero_point))
-    return jnp.where(jnp.isnan(codes), beyond_high, codes)
+def _within_amax(x: jax.Array, qparams: QParams, spec: QuantSpec, caller: str) -> jax.Array | None:
+    """ModelOpt's mask, which asks x and not its code; None where there is no amax."""
+    if qparams.amax is None:
+        return None
+    return jnp.abs(x.astype(jnp.float32)) <= expand(qparams.amax, spec.granularity, x.shape, caller)
+
+
+def _inverse_of_amax(amax: jax.Array, spec: QuantSpec) -> jax.Array:
+    """What ModelOpt multiplies by; 0 for integers whose amax is 2^-24 or less, and amax 1 for floats."""
+    tiny = amax <= jnp.float32(MODELOPT_EPS)
+    largest = jnp.float32(spec.quant_max)
+    if spec.row.scaling == "amax_reciprocal":
+        return jnp.where(tiny, jnp.float32(1), 1.0 / amax) * largest
+    return jnp.where(tiny, jnp.float32(0), divide(largest, amax))
+
+
+def _op_dtype(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jnp.dtype:
+    """The dtype that each operation rounds to."""
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+    match spec.row.per_op_rounding:
+        case "shared":
+            narrow &= x.dtype == scale.dtype
+        case "enough":
+            narrow &= bool(jnp.finfo(x.dtype).eps <= 0.25 / (spec.quant_max - spec.quant_min))
+        case "never":
+            narrow = False
+    return x.dtype if narrow else jnp.dtype(jnp.float32)
+
+
+def _scaled(x: jax.Array, qparams: QParams, spec: QuantSpec, dtype: jnp.dtype, caller: str) -> jax.Array:
+    """`x / scale`, as the convention computes it."""
+    scaling, scale = spec.row.scaling, qparams.scale
+    if qparams.tensor_scale is not None:
+        inv = divide(jnp.broadcast_to(1.0 / qparams.tensor_scale, scale.shape), scale)
+    elif qparams.amax is not None:
+        inv = _inverse_of_amax(qparams.amax, spec)
+    elif scaling == "division" and spec.effective_scale_rule not in E4M3_RULES:
+        return round_to_dtype(divide(x, expand(scale, spec.granularity, x.shape, caller)), dtype)
+    else:
+        inv = round_to_dtype(1.0 / scale, dtype)
+    return round_to_dtype(x * expand(inv, spec.granularity, x.shape, caller), dtype)
+
+
+def _integer_codes(
+    scaled: jax.Array,
+    x: jax.Array,
+    qparams: QParams,
+    zero_point: jax.Array,
+    bits: jax.Array | None,
+    spec: QuantSpec,
+    dtype: jnp.dtype,
+    caller: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Rounded codes as float32, NaN and overflow already sent where the convention sends them; and the same unrounded."""
+    row = spec.row
+    if row.zero_point == "after":
+        before = scaled + zero_point
+        codes = round_to_dtype(round_real(scaled, spec.rounding, bits) + zero_point, dtype)
+    else:
+        if row.fused:
+            inv = expand(1.0 / qparams.scale, spec.granularity, x.shape, caller)
+            before = fma(x.astype(jnp.float32), inv, zero_point)
+        else:
+            before = round_to_dtype(unfused(scaled) + zero_point, dtype)
+        if row.clamp == "before":
+            # Codes beyond the limits by one keep their distance from them, so that the mask can tell.
+            before = jnp.clip(before, spec.quant_min - 1.0, spec.quant_max + 1.0)
+        codes = round_real(before, spec.rounding, bits)
+    lowest, highest = spec.format.quant_min - 1.0, spec.format.quant_max + 1.0
+    if row.wraps == "int64":
+        return jnp.where(jnp.abs(codes) < _INT64_LIMIT, codes, lowest), before
+    if row.wraps == "int32":
+        return _low_32_bits(codes), before
+    code_of_nan = {"lowest": lowest, "highest": highest, "zero": 0.0}[row.nan]
+    return jnp.where(jnp.isnan(codes), code_of_nan, codes), before
+
+
+def _low_32_bits(whole: jax.Array) -> jax.Array:
+    """A whole float32 as int64, cut to its low 32 bits; 0 where it does not fit an int64, which has them all zero on x86."""
+    bits = lax.bitcast_convert_type(whole, jnp.uint32)
+    significand = (bits & 0x7FFFFF) | 0x800000
+    shift = ((bits >> 23) & 0xFF).astype(jnp.int32) - (127 + 23)
+    low = jnp.where(shift < 32, significand << jnp.clip(shift, 0, 31).astype(jnp.uint32), 0).astype(jnp.uint32)
+    low = jnp.where(whole < 0, jnp.uint32(0) - low, low)
+    wrapped = lax.bitcast_convert_type(low, jnp.int32).astype(jnp.float32)
+    fits = jnp.abs(whole) < _INT32_LIMIT
+    return jnp.where(fits, whole, jnp.where(jnp.abs(whole) < _INT64_LIMIT, wrapped, 0.0))
 
 
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Turn codes back into reals: `(codes - zero_point) · scale`, in float32, then cast.
+
+    Codes of a `Float` or a `Codebook` stand for their numbers. NVFP4's scale is `scale · tensor_scale`, rounded once before.
+    ModelOpt divides by `quant_max / amax`. With `float_zero_point`, "torch_fake" subtracts and multiplies in float64 and rounds
+    once, as torch's kernel does.
 
     Args:
       q: The quantized tensor.
@@ -154,7 +294,29 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"dequantize: dtype must be floating point, got {jnp.dtype(dtype)}.")
-    ndim = q.codes.ndim
-    scale = expand(jnp.asarray(q.scale).astype(jnp.float32), q.spec, ndim, "dequantize")
-    zero_point = expand(jnp.asarray(q.zero_point).astype(jnp.int32), q.spec, ndim, "dequantize")
-    return ((q.codes.astype(jnp.int32) - zero_point).astype(jnp.float32) * scale).astype(dtype)
+    spec, shape = q.spec, q.codes.shape
+    step = QParams(jnp.asarray(q.scale).astype(jnp.float32), q.zero_point, q.tensor_scale, q.amax).step
+    scale = expand(step, spec.granularity, shape, "dequantize")
+    if not isinstance(spec.format, Int):
+        if q.amax is not None:
+            scale = expand(1.0 / _inverse_of_amax(q.amax, spec), spec.granularity, shape, "dequantize")
+        return (q.values() * scale).astype(dtype)
+    if spec.float_zero_point:
+        return _dequantize_float_zero_point(q, scale).astype(dtype)
+    zero_point = expand(jnp.asarray(q.zero_point).astype(jnp.int32), spec.granularity, shape, "dequantize")
+    difference = (jnp.asarray(q.codes).astype(jnp.int32) - zero_point).astype(jnp.float32)
+    if q.amax is not None:
+        inv = _inverse_of_amax(q.amax, spec)
+        inv = jnp.where(inv == 0, jnp.float32(1), inv)
+        return divide(difference, expand(inv, spec.granularity, shape, "dequantize")).astype(dtype)
+    return (difference * scale).astype(dtype)
+
+
+def _dequantize_float_zero_point(q: QTensor, scale: jax.Array) -> jax.Array:
+    point = expand(jnp.asarray(q.zero_point).astype(jnp.float32), q.spec.granularity, q.codes.shape, "dequantize")
+    codes = q.values()
+    if q.spec.convention == "torch_real":
+        return (codes - point) * scale
+    with jax.enable_x64(True):
+        codes, point, scale = (lax.convert_element_type(v, jnp.float64) for v in (codes, point, scale))
+        return lax.convert_element_type((codes - point) * scale, jnp.float32)

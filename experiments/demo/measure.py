@@ -73,7 +73,7 @@ def weight_histogram(op: str, setting: str, kernel: jax.Array, codes: qjax.QTens
       kernel: The float weights, output channels last.
       codes: Their codes, one scale for each output channel.
     """
-    low, high = codes.spec.quant_min, codes.spec.quant_max
+    low, high = int(codes.spec.quant_min), int(codes.spec.quant_max)
     # The scale maps the largest weight to quant_max + ½ (torch's rule), so half a step on either side holds them all.
     edges = np.linspace(low - 0.5, high + 0.5, (high - low + 1) * _BINS_PER_STEP + 1)
     steps = np.asarray(kernel) / np.asarray(codes.scale)[None, None, None, :]

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax._granularity import PerTensor
 from qjax._qparams import is_concrete
 from qjax._quantize import QTensor, quantize
-from qjax._spec import PerTensor
 from qjax.integer._program import ABSENT, IntegerInterpreter, IntegerOp, IntegerProgram
 from qjax.observers import Observer
 from qjax.transform._hoist import early_quantizers

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._qparams import expand
+from qjax._granularity import PerTensor, expand
 from qjax._quantize import QTensor
-from qjax._spec import PerTensor
 from qjax.transform._contraction import Contraction, Conv, Dot
 
 
@@ -44,7 +43,7 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor) -> jax.Array:
 
 
 def _shifted(q: QTensor) -> jax.Array:
-    zero_point = expand(q.zero_point.astype(jnp.int32), q.spec, q.codes.ndim, "convert")
+    zero_point = expand(q.zero_point.astype(jnp.int32), q.spec.granularity, q.codes.shape, "convert")
     return q.codes.astype(jnp.int32) - zero_point
 
 

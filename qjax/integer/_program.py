@@ -70,7 +70,7 @@ class IntegerInterpreter(Interpreter):
     def _quantize(self, key: str, observer: Any, value: Value) -> Quantized:
         del observer
         spec, qparams = self._points[key]
-        if isinstance(value, Scaled):
+        if isinstance(value, Scaled) and spec.is_deployed:
             codes = requantize(value.units, value.unit, qparams, spec)
             return Quantized(None, codes, qparams, spec, key, value.dtype)
         real = to_real(value)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from qjax._granularity import PerChannel, PerTensor
 from qjax._quantize import QTensor
-from qjax._spec import PerChannel, PerTensor
 from qjax.containers import Global, Record
 from qjax.integer import IntegerOp, IntegerProgram
 from qjax.transform._contraction import Conv, Dot
@@ -233,8 +233,8 @@ def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
     """Transpose a weight so that its output axis comes first, the channel axis with it."""
     codes = np.ascontiguousarray(np.asarray(op.weight.codes).transpose(order))
     spec = op.weight.spec
-    if isinstance(spec.granularity, PerChannel):
-        axis = order.index(spec.granularity.axis % op.weight.codes.ndim)
+    if isinstance(spec.granularity, PerChannel) and len(spec.granularity.axes) == 1:
+        axis = order.index(spec.granularity.axes[0] % op.weight.codes.ndim)
         if axis != 0:
             raise ValueError(
                 f"eager_static: the weight of {op.name} is quantized {spec.granularity}; torch wants one scale for each "
@@ -246,7 +246,7 @@ def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
 
 def _check_weight(op: IntegerOp) -> None:
     spec = op.weight.spec
-    if not (spec.symmetric and spec.format.signed and spec.format.bits == 8):
+    if not (spec.is_plain and spec.symmetric and spec.format.signed and spec.format.bits == 8):
         raise ValueError(
             f"eager_static: the weight of {op.name} is {spec}; torch's fbgemm kernels want int8 symmetric "
             "(qjax.QuantSpec(qjax.int8, symmetric=True, ...))."
@@ -289,7 +289,7 @@ def _point(op: IntegerOp, role: str) -> tuple[Any, Any]:
             f"eager_static: the {role} of {op.name} is not quantized; torch's static modules need its qparams. {mend}."
         )
     spec, (scale, zero_point) = point
-    if spec.format.signed or spec.format.bits != 8 or not isinstance(spec.granularity, PerTensor):
+    if not spec.is_plain or spec.format.signed or spec.format.bits != 8 or not isinstance(spec.granularity, PerTensor):
         raise ValueError(
             f"eager_static: the {role} of {op.name} is {spec}; torch's fbgemm kernels want uint8 per_tensor activations."
         )

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from qjax import containers
 from qjax._formats import uint8
+from qjax._granularity import PerChannel
 from qjax._quantize import QTensor
-from qjax._spec import PerChannel, QuantSpec
+from qjax._spec import QuantSpec
 from qjax.interop._checkpoint import Checkpoint
 from qjax.interop._outputs import is_dynamic, module_outputs
 from qjax.interop._torch_tensors import kind_of, torch_dtype
@@ -191,7 +192,7 @@ def _module(point: Point) -> str:
 def _tensor_point(name: str, q: QTensor) -> Point:
     codes = np.asarray(q.codes)
     spec = q.spec
-    low, high = spec.format.quant_min, spec.format.quant_max
+    low, high = int(spec.format.quant_min), int(spec.format.quant_max)
     share = float(np.mean((codes == low) | (codes == high))) if codes.size else 0.0
     return _point(name, "weight", spec, q.scale, q.zero_point, codes.shape, share, name)
 
@@ -214,7 +215,7 @@ def _point(
 ) -> Point:
     scales = np.asarray(scale, np.float32).reshape(-1)
     points = np.asarray(zero_point, np.int64).reshape(-1)
-    low, high = spec.format.quant_min, spec.format.quant_max
+    low, high = int(spec.format.quant_min), int(spec.format.quant_max)
     per_channel = isinstance(spec.granularity, PerChannel)
     symmetric = spec.format.signed and not points.any()
     return Point(
@@ -222,7 +223,7 @@ def _point(
         role=role,
         dtype=torch_dtype(spec),
         scheme=f"{'per_channel' if per_channel else 'per_tensor'} {'symmetric' if symmetric else 'affine'}",
-        axis=spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None,
+        axis=spec.granularity.axes[0] if isinstance(spec.granularity, PerChannel) else None,
         shape=shape,
         quant_min=low,
         quant_max=high,

@@ -10,8 +10,9 @@ import numpy as np
 
 from qjax import containers
 from qjax._formats import Int, int8, uint8
+from qjax._granularity import PerChannel, PerTensor
 from qjax._quantize import QTensor
-from qjax._spec import PerChannel, PerTensor, QuantSpec
+from qjax._spec import QuantSpec
 from qjax.containers._errors import quoted
 
 REBUILD_QTENSOR = "torch._utils._rebuild_qtensor"
@@ -66,7 +67,7 @@ def _from_rebuild(node: containers.Call, place: str) -> Any:
 def _qtensor(codes: np.ndarray, scale: Any, zero_point: Any, spec: QuantSpec, place: str) -> QTensor:
     scales, points = np.atleast_1d(scale), np.atleast_1d(zero_point)
     if isinstance(spec.granularity, PerChannel):
-        axis = spec.granularity.axis
+        axis = spec.granularity.axes[0]
         if not 0 <= axis < codes.ndim or scales.shape != (codes.shape[axis],) or points.shape != scales.shape:
             raise containers.FormatError(
                 f"{scales.size} scales and {points.size} zero_points for axis {axis} of a tensor of shape {codes.shape}",
@@ -93,7 +94,7 @@ def to_node(q: QTensor, name: str) -> containers.Call:
         and finite, or there is not one for each channel.
     """
     dtype = str(np.dtype(q.codes.dtype))
-    if dtype not in _FORMATS or q.spec.format.bits != 8:
+    if not isinstance(q.spec.format, Int) or dtype not in _FORMATS or q.spec.format.bits != 8:
         raise ValueError(
             f"{name}: torch has no quantized tensor for {q.spec.format}; it has qint8 and quint8. Quantize with qjax.int8 or "
             "qjax.uint8, or save the codes as a plain array."
@@ -101,8 +102,12 @@ def to_node(q: QTensor, name: str) -> containers.Call:
     codes = np.asarray(q.codes)
     granularity = q.spec.granularity
     wanted: tuple[int, ...] = ()
-    if isinstance(granularity, PerChannel) and -codes.ndim <= granularity.axis < codes.ndim:
-        wanted = (codes.shape[granularity.axis],)
+    if (
+        isinstance(granularity, PerChannel)
+        and len(granularity.axes) == 1
+        and -codes.ndim <= granularity.axes[0] < codes.ndim
+    ):
+        wanted = (codes.shape[granularity.axes[0]],)
     elif not isinstance(granularity, PerTensor):
         raise ValueError(
             f"{name}: torch has no quantized tensor of shape {codes.shape} that is {granularity}; it has per_tensor, and "
@@ -123,7 +128,7 @@ def to_node(q: QTensor, name: str) -> containers.Call:
     if isinstance(granularity, PerTensor):
         quantizer: tuple[Any, ...] = (containers.Global(_PER_TENSOR), float(q.scale), int(q.zero_point))
     else:
-        axis = granularity.axis % codes.ndim
+        axis = granularity.axes[0] % codes.ndim
         scales, points = np.asarray(q.scale, np.float64), np.asarray(q.zero_point, np.int64)
         quantizer = (containers.Global(_PER_CHANNEL), scales, points, axis)
     return containers.Call(REBUILD_QTENSOR, (codes, quantizer, False))

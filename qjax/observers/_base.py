@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax._qparams import QParams, channel_axis, check_spec, choose_qparams
-from qjax._spec import PerChannel, QuantSpec
+from qjax._granularity import reduce, statistic_shape
+from qjax._qparams import QParams, check_spec, choose_qparams
+from qjax._spec import QuantSpec
 
 State = Any  # a pytree of arrays; each observer names its own
 
@@ -65,24 +66,19 @@ class Observer(abc.ABC):
         caller = f"{type(self).__name__}.{method}"
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}.")
-        if isinstance(self.spec.granularity, PerChannel):
-            channel_axis(self.spec, x.ndim, caller)
+        statistic_shape(x.shape, self.spec.granularity, caller)
         return lax.stop_gradient(x)
 
 
 def channels(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:
-    """The shape of a statistic of x: `()` or `(channels,)`."""
-    if isinstance(spec.granularity, PerChannel):
-        return (x.shape[spec.granularity.axis],)
-    return ()
+    """The shape of a statistic of x: `()` per tensor, `(channels,)` per channel, …."""
+    return statistic_shape(x.shape, spec.granularity)
 
 
 def min_max_of(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
-    """Smallest and largest value, per tensor or per channel, as float32; NaN where there is one."""
-    axes = tuple(range(x.ndim))
-    if isinstance(spec.granularity, PerChannel):
-        axes = tuple(i for i in axes if i != spec.granularity.axis % x.ndim)
-    return jnp.min(x, axis=axes).astype(jnp.float32), jnp.max(x, axis=axes).astype(jnp.float32)
+    """Smallest and largest value of all that share a scale, as float32; NaN where there is one."""
+    low, high = reduce(x, spec.granularity, jnp.min), reduce(x, spec.granularity, jnp.max)
+    return low.astype(jnp.float32), high.astype(jnp.float32)
 
 
 def check_same_channels(state_shape: tuple[int, ...], x: jax.Array, spec: QuantSpec, caller: str) -> None:
@@ -111,4 +107,10 @@ def qparams_of_range(min_val: jax.Array, max_val: jax.Array, spec: QuantSpec) ->
     empty = (min_val == jnp.inf) & (max_val == -jnp.inf)
     zero = jnp.float32(0)
     chosen = choose_qparams(jnp.where(empty, zero, min_val), jnp.where(empty, zero, max_val), spec)
-    return QParams(jnp.where(empty, jnp.float32(1), chosen.scale), jnp.where(empty, jnp.int32(0), chosen.zero_point))
+    one, point = jnp.ones((), chosen.scale.dtype), jnp.zeros((), chosen.zero_point.dtype)
+    return dataclasses.replace(
+        chosen,
+        scale=jnp.where(empty, one, chosen.scale),
+        zero_point=jnp.where(empty, point, chosen.zero_point),
+        amax=None if chosen.amax is None else jnp.where(empty, jnp.float32(spec.quant_max), chosen.amax),
+    )

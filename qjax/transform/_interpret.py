@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._qparams import channel_axis
+from qjax._granularity import statistic_shape
 from qjax._quantize import QTensor, quantize_with_mask
 from qjax._requantize import add_bias, requantize_unclamped
-from qjax._spec import PerChannel, PerTensor
 from qjax.estimators import straight_through
 from qjax.observers import Observer
 from qjax.transform import _jaxpr
@@ -164,8 +163,12 @@ class Interpreter:
         real = to_real(value)
         self.observed[key] = (observer, _shape(real))
         spec, mode = observer.spec, self._plan.mode
-        if isinstance(spec.granularity, PerChannel):
-            channel_axis(spec, real.ndim, f"prepare ({key})")
+        statistic_shape(real.shape, spec.granularity, f"prepare ({key})")
+        if spec.is_stochastic:
+            raise ValueError(
+                f"prepare ({key}): rounding {spec.rounding!r} is random, and a prepared function takes no key. Use a spec with "
+                "rounding='nearest_even'."
+            )
         state = observer.init(real) if mode == "init" else self._state[key]
         if mode in ("calibrate", "train") or (observer.dynamic and mode == "eval"):
             state = observer.update(state, real)
@@ -173,7 +176,7 @@ class Interpreter:
         if mode == "calibrate":
             return Quantized(real, None, None, spec, key, real.dtype)
         qparams = observer.qparams(state)
-        if isinstance(value, Scaled) and isinstance(spec.granularity, PerTensor):
+        if isinstance(value, Scaled) and spec.is_deployed:
             # What the deployed kernel would do with this accumulator. Training clips where the observer's range ends, as
             # torch's fake-quant does; the kernel saturates at the limits of the format.
             deployed = mode == "eval"
@@ -185,7 +188,7 @@ class Interpreter:
             codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
         else:
             codes, in_range = quantize_with_mask(real, qparams, spec, caller=f"prepare ({key})")
-        dequantized = dequantize_unfused(QTensor(codes, qparams.scale, qparams.zero_point, spec), real.dtype)
+        dequantized = dequantize_unfused(QTensor.of(codes, qparams, spec), real.dtype)
         carrier = straight_through(real, lax.stop_gradient(dequantized), in_range)
         return Quantized(carrier, codes, qparams, spec, key, real.dtype)
 
@@ -288,7 +291,7 @@ def static_quantizers(graph: Graph, recipe: Recipe) -> dict[str, Observer]:
             continue
         for role in {operand_role(node.op, 0), operand_role(node.op, 1), "output"} - {"weight"}:
             observer = rule.observer(role)
-            if observer is not None and not observer.dynamic and isinstance(observer.spec.granularity, PerTensor):
+            if observer is not None and not observer.dynamic and observer.spec.is_deployed:
                 found[f"{node.op.name}/{role}"] = observer
     return found
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._qparams import expand
-from qjax._spec import PerChannel, QuantSpec
+from qjax._granularity import PerChannel, expand
+from qjax._spec import QuantSpec
 from qjax.transform._contraction import Contraction, sum_of_products
 from qjax.transform._values import Quantized, Scaled
 
@@ -25,15 +25,18 @@ class _Static:
 def unit_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> jax.Array | None:
     """What one unit of the accumulator is worth: `scale_lhs · scale_rhs`, laid out for the output.
 
-    None where a scale varies along a contracted axis, so that it cannot be taken out of the sum.
+    None where a scale varies along a contracted axis, so that it cannot be taken out of the sum, or where the codes are not
+    whole numbers that can be multiplied.
     """
+    if not (lhs.spec.is_plain and rhs.spec.is_plain):
+        return None
     ndims = (lhs.ndim, rhs.ndim)
     factors: list[jax.Array] = []
     for operand, value in enumerate((lhs, rhs)):
         assert value.qparams is not None
         scale = value.qparams.scale
         if isinstance(value.spec.granularity, PerChannel):
-            axis = op.output_axis(operand, value.spec.granularity.axis % ndims[operand], ndims)
+            axis = op.output_axis(operand, value.spec.granularity.axes[0] % ndims[operand], ndims)
             if axis is None:
                 return None
             scale = scale.reshape(tuple(-1 if i == axis else 1 for i in range(out_ndim)))
@@ -63,12 +66,12 @@ def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Arr
     """`q - zero_point` as float32: whole numbers, exact."""
     if spec.symmetric and spec.format.signed:
         return codes.astype(jnp.float32)
-    return codes.astype(jnp.float32) - expand(zero_point.astype(jnp.float32), spec, codes.ndim, "prepare")
+    return codes.astype(jnp.float32) - expand(zero_point.astype(jnp.float32), spec.granularity, codes.shape, "prepare")
 
 
 def _largest(spec: QuantSpec) -> int:
     """The largest magnitude of `q - zero_point`."""
-    low, high = spec.format.quant_min, spec.format.quant_max
+    low, high = int(spec.format.quant_min), int(spec.format.quant_max)
     return max(-low, high) if spec.symmetric and spec.format.signed else high - low
 
 
@@ -96,8 +99,8 @@ def _multiply_bwd(static, residuals, cotangent):  # type: ignore[no-untyped-def]
     (to_left,) = jax.linear_transpose(lambda a: static.op(a, right, jnp.float32), left)(cotangent)
     (to_right,) = jax.linear_transpose(lambda b: static.op(left, b, jnp.float32), right)(cotangent)
     # The cotangent is per unit, and a real is a code times its scale.
-    to_left = to_left * expand(1.0 / lhs_qparams.scale, static.specs[0], left.ndim, "prepare")
-    to_right = to_right * expand(1.0 / rhs_qparams.scale, static.specs[1], right.ndim, "prepare")
+    to_left = to_left * expand(1.0 / lhs_qparams.scale, static.specs[0].granularity, left.shape, "prepare")
+    to_right = to_right * expand(1.0 / rhs_qparams.scale, static.specs[1].granularity, right.shape, "prepare")
     return to_left.astype(dtypes[0].dtype), to_right.astype(dtypes[1].dtype), None, None, None, None
 
 

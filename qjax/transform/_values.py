@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax._arithmetic import unfused
+from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._quantize import QTensor
-from qjax._spec import PerTensor, QuantSpec
+from qjax._spec import QuantSpec
 from qjax.transform import _jaxpr
 from qjax.transform._trace import Node
 
@@ -74,7 +75,7 @@ class Quantized:
         """The codes and what they mean."""
         assert self.codes is not None
         assert self.qparams is not None
-        return QTensor(self.codes, self.qparams.scale, self.qparams.zero_point, self.spec)
+        return QTensor.of(self.codes, self.qparams, self.spec)
 
 
 @jax.custom_jvp
@@ -125,8 +126,8 @@ def _is_pool_or_layout(node: Node, ndim: int) -> bool:
 
 
 def _carry_quantized(node: Node, value: Quantized) -> Quantized | None:
-    if not isinstance(value.spec.granularity, PerTensor):
-        return None  # the channel axis may move; nothing here follows it yet
+    if not (isinstance(value.spec.granularity, PerTensor) and value.spec.is_plain):
+        return None  # the channel axis may move; nothing here follows it yet. Codes of a float are not ordered as its numbers
     dtype = _jaxpr.new_dtype(node.eqn)
     is_cast = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     is_pool_or_layout = _is_pool_or_layout(node, value.ndim) and len(node.inputs) == 1

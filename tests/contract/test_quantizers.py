@@ -3,6 +3,7 @@
 A new format, granularity or convention joins by being added to the lists below; nothing else here names one.
 """
 
+import dataclasses
 import itertools
 import typing
 
@@ -12,43 +13,96 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax._spec import Convention, Granularity
+from qjax._conventions import Convention, Mask, ScaleRule
+from qjax._formats import Format
+from qjax._granularity import Granularity, statistic_shape
+from qjax._rounding import ROUNDINGS, STOCHASTIC
 from tests.numerics.stress import DTYPES, assert_same_bits, format_id, stress
 
 FORMATS = (qjax.int8, qjax.uint8)
-MORE_FORMATS = (qjax.Int(4, narrow=True), qjax.uint2)
-GRANULARITIES = (qjax.PerTensor(), qjax.PerChannel(0), qjax.PerChannel(-1))
 CONVENTIONS = typing.get_args(Convention)
-SPECS = [
-    qjax.QuantSpec(number_format, symmetric=symmetric, granularity=granularity, convention=convention)
-    for number_format, symmetric, granularity, convention in itertools.product(
-        FORMATS, (False, True), GRANULARITIES, CONVENTIONS
-    )
-]
-# A format changes constants alone, so that these need not meet both schemes.
-SPECS += [
-    qjax.QuantSpec(number_format, symmetric=number_format.signed, granularity=granularity, convention=convention)
-    for number_format, granularity, convention in itertools.product(MORE_FORMATS, GRANULARITIES[::2], CONVENTIONS)
-]
-SHAPE = (4, 5, 3)
+CHANNELS = (qjax.PerTensor(), qjax.PerChannel(0), qjax.PerChannel(-1))
+BLOCKS = (
+    qjax.PerChannel((0, 2)),
+    qjax.PerGroup(1, 3),
+    qjax.PerGroup(-1, 2, pad=True),
+    qjax.PerBlock((2, 3)),
+    qjax.PerToken(),
+)
+SHAPE = (4, 6, 3)
 EXAMPLES = 3
+
+
+def specs(formats, schemes, granularities, conventions=CONVENTIONS):
+    """All combinations that there are: ModelOpt has signed symmetric integers only."""
+    for number_format, symmetric, granularity, convention in itertools.product(
+        formats, schemes, granularities, conventions
+    ):
+        if convention != "modelopt" or (symmetric and number_format.signed):
+            yield qjax.QuantSpec(number_format, symmetric=symmetric, granularity=granularity, convention=convention)
+
+
+TORCH = ("torch_fake", "torch_real")
+GROUPS = qjax.PerGroup(-1, 3)
+FEW_SPECS = [  # each granularity, int8 affine and uint8 symmetric
+    *specs(FORMATS[:1], (False,), CHANNELS, TORCH),
+    *specs(FORMATS[1:], (True,), CHANNELS, TORCH),
+    *specs(FORMATS[:1], (False,), BLOCKS, ("torch_fake",)),
+    qjax.QuantSpec(qjax.e4m3, convention="torchao"),
+    qjax.QuantSpec(qjax.e2m1, granularity=GROUPS, scale_rule="mx_floor"),
+    qjax.QuantSpec(qjax.e2m1, granularity=GROUPS, scale_rule="nvfp4"),
+    qjax.QuantSpec(qjax.nf4, granularity=GROUPS),
+    qjax.QuantSpec(qjax.uint4, granularity=qjax.PerChannel(0), float_zero_point=True),
+]
+SPECS = [
+    *FEW_SPECS,
+    *specs(FORMATS, (False, True), CHANNELS[:2], CONVENTIONS[2:]),
+    *specs(FORMATS, (True,), BLOCKS[-2:], ("torch_decomposed", "compressed_tensors")),
+    *specs((qjax.Int(4, narrow=True), qjax.ternary, qjax.int16), (True,), CHANNELS[::2], TORCH[:1]),
+    *specs((qjax.uint2, qjax.Int(1, signed=False)), (False,), CHANNELS[::2], TORCH),
+    *(qjax.QuantSpec(qjax.int8, scale_rule=rule) for rule in ("torch_aten", "torch_fbgemm")),
+    *(
+        qjax.QuantSpec(qjax.int8, symmetric=True, scale_rule=rule)
+        for rule in ("torch_fbgemm", "no_clipping", "max_code")
+    ),
+    *(
+        qjax.QuantSpec(number_format, granularity=GROUPS, scale_rule=rule, symmetric=True)
+        for number_format in (qjax.e4m3, qjax.e5m2, qjax.e3m2, qjax.e2m3, qjax.e2m1, qjax.int8)
+        for rule in ("mx_ceil", "mx_even", "mx_rceil", "e4m3")[(len(str(number_format)) + number_format.bits) % 4 :][:2]
+    ),
+    *(qjax.QuantSpec(number_format) for number_format in (qjax.e4m3fnuz, qjax.e5m2fnuz, qjax.Float(3, 4), qjax.binary)),
+    *(qjax.QuantSpec(qjax.int8, mask=mask) for mask in ("before_rounding", "none")),
+    *(
+        qjax.QuantSpec(f, rounding=r)
+        for f in (qjax.int8, qjax.e4m3)
+        for r in ("half_away", "floor", "ceil", "toward_zero")
+    ),
+    qjax.QuantSpec(qjax.uint4, granularity=qjax.PerChannel(0), float_zero_point=True, convention="torch_real"),
+]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=format_id)
-FEW_SPECS = SPECS[:6] + SPECS[18:24]  # each granularity and convention, int8 affine and uint8 symmetric
 few_specs = pytest.mark.parametrize("spec", FEW_SPECS, ids=format_id)
 
 
-def test_every_granularity_takes_part():
-    assert {type(g) for g in GRANULARITIES} == set(typing.get_args(Granularity))
+def test_every_choice_takes_part():
+    """A granularity, convention, scale rule, mask or rounding that is added has to join."""
+    assert {type(spec.granularity) for spec in SPECS} == set(typing.get_args(Granularity))
+    assert {type(spec.format) for spec in SPECS} == set(typing.get_args(Format))
+    assert {spec.convention for spec in SPECS} == set(CONVENTIONS)
+    assert {spec.effective_scale_rule for spec in SPECS} == set(typing.get_args(ScaleRule))
+    assert {spec.effective_mask for spec in SPECS} == set(typing.get_args(Mask))
+    assert {spec.rounding for spec in SPECS} == set(ROUNDINGS) - set(STOCHASTIC)  # these have a test of their own
+
+
+def statistic(spec):
+    return statistic_shape(SHAPE, spec.granularity)
 
 
 def examples(spec, rng, dtype=DTYPES[0]):
     """(x, min_val, max_val) with a leading axis of examples, and ties in x."""
-    channels = SHAPE[spec.granularity.axis] if isinstance(spec.granularity, qjax.PerChannel) else None
-    limits = np.sort(rng.standard_normal((2, EXAMPLES, channels or 1)).astype(np.float32) * 3, axis=0)
-    low, high = limits if channels else limits[..., 0]
+    limits = np.sort(rng.standard_normal((2, EXAMPLES, *statistic(spec))).astype(np.float32) * 3, axis=0)
     x = rng.choice(stress(np.float32(0.25), rng, dtype, span=20), (EXAMPLES, *SHAPE))
     x[:, 0] = (rng.integers(-40, 40, x[:, 0].shape) / 8).astype(dtype)
-    return x, low, high
+    return x, *limits
 
 
 def everything(spec):
@@ -90,9 +144,13 @@ def test_eager_jit_and_vmap_agree(spec, rng):
     assert_trees_same_bits(jax.jit(jax.vmap(call))(*batch), stacked, "vmap")
     for out in loop:
         q = out["q"]
-        statistic = () if isinstance(spec.granularity, qjax.PerTensor) else (SHAPE[spec.granularity.axis],)
-        assert (q.codes.dtype, q.scale.dtype, q.zero_point.dtype) == (spec.format.storage_dtype, jnp.float32, jnp.int32)
-        assert (q.shape, q.scale.shape, q.zero_point.shape) == (SHAPE, statistic, statistic)
+        point_dtype = jnp.float32 if spec.float_zero_point else jnp.int32
+        assert (q.codes.dtype, q.scale.dtype, q.zero_point.dtype) == (
+            spec.format.storage_dtype,
+            jnp.float32,
+            point_dtype,
+        )
+        assert (q.shape, q.scale.shape, q.zero_point.shape) == (SHAPE, statistic(spec), statistic(spec))
         assert_same_bits(out["y"], out["dequantized"], "fake_quantize is the dequantized quantize")
 
     if spec not in FEW_SPECS:
@@ -116,8 +174,9 @@ def test_dtypes_and_gradients(spec, dtype, rng):
     @jax.jit
     def total_and_gradients(x, low, high, scale_factor):
         def total(x, low, high, scale_factor):
-            scale, zero_point = qjax.choose_qparams(low, high, spec)
-            y = qjax.fake_quantize(x, qjax.QParams(scale * scale_factor, zero_point), spec)
+            qparams = qjax.choose_qparams(low, high, spec)
+            scale = qparams.scale
+            y = qjax.fake_quantize(x, dataclasses.replace(qparams, scale=scale * scale_factor), spec)
             return y.astype(jnp.float32).sum() + scale.sum(), y
 
         return jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(x, low, high, scale_factor)
@@ -137,7 +196,8 @@ def test_qtensor_is_a_pytree(spec, rng):
     qparams = qjax.choose_qparams(low[0], high[0], spec)
     q, other = (qjax.quantize(x[i], qparams, spec) for i in range(2))
     leaves, structure = jax.tree.flatten(q)
-    assert [leaf is field for leaf, field in zip(leaves, (q.codes, q.scale, q.zero_point), strict=True)] == [True] * 3
+    fields = [f for f in (q.codes, q.scale, q.zero_point, q.tensor_scale, q.amax) if f is not None]
+    assert [leaf is field for leaf, field in zip(leaves, fields, strict=True)] == [True] * len(fields)
     assert jax.tree.structure(other) == structure
     for copy in (jax.tree.unflatten(structure, leaves), jax.tree.map(lambda leaf: leaf, q), jax.jit(lambda q: q)(q)):
         assert isinstance(copy, qjax.QTensor)
@@ -150,15 +210,15 @@ def test_qtensor_is_a_pytree(spec, rng):
 
 def test_specs_are_values():
     """Equal fields make equal specs with equal hashes, so a spec is a static argument of jit that does not retrace."""
-    again = [
-        qjax.QuantSpec(
-            qjax.Int(s.format.bits, signed=s.format.signed, narrow=s.format.narrow),
-            symmetric=s.symmetric,
-            granularity=type(s.granularity)(*vars(s.granularity).values()),
-            convention=s.convention,
-        )
-        for s in SPECS
-    ]
+
+    def copy(value):
+        """The same again, made anew all the way down."""
+        if not dataclasses.is_dataclass(value):
+            return value
+        fields = [field for field in dataclasses.fields(value) if field.name != "_"]
+        return type(value)(**{field.name: copy(getattr(value, field.name)) for field in fields})
+
+    again = [copy(spec) for spec in SPECS]
     assert again == SPECS
     assert list(map(hash, again)) == list(map(hash, SPECS))
     assert len(set(SPECS)) == len(SPECS)

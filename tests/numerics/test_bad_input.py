@@ -20,8 +20,8 @@ def per_row(scale=(1.0, 1.0, 1.0), zero_point=(0, 0, 0)):
 
 
 CONSTRUCTORS = {
-    "bits too few": (lambda: Int(1), ValueError, ["bits", "from 2 to 8", "got 1"]),
-    "bits too many": (lambda: Int(9), ValueError, ["bits", "from 2 to 8", "got 9"]),
+    "bits too few": (lambda: Int(0), ValueError, ["bits", "from 1 to 16", "got 0"]),
+    "bits too many": (lambda: Int(17), ValueError, ["bits", "from 1 to 16", "got 17"]),
     "bits a float": (lambda: Int(8.0), ValueError, ["bits", "integer", "got 8.0"]),
     "bits a bool": (lambda: Int(True), ValueError, ["bits", "got True"]),
     "signed a string": (lambda: Int(8, signed="no"), TypeError, ["signed", "True or False", "'no'"]),

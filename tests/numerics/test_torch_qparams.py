@@ -40,7 +40,7 @@ UNDEFINED = np.float32([(np.nan, np.nan), (np.nan, 1), (0, np.nan), (-np.inf, np
 
 
 def spec_id(spec):
-    return format_id(spec) + ("-eps" if spec.eps != 2.0**-23 else "")
+    return format_id(spec) + ("-eps" if spec.eps else "")
 
 
 def many_ranges(rng):
@@ -126,14 +126,14 @@ def test_torch_refuses_symmetric_reduced_unsigned():
 
 # Wrong in one point each, in numpy.
 def _right(low, high, spec):
-    neg, pos, eps = np.minimum(low, 0), np.maximum(high, 0), np.float32(spec.eps)
+    neg, pos, eps = np.minimum(low, 0), np.maximum(high, 0), np.float32(spec.eps or 2.0**-23)
     levels = np.float32(spec.quant_max - spec.quant_min)
     scale = np.maximum((pos - neg) / levels, eps)
     return scale, np.clip(spec.quant_min - np.rint(neg / scale), spec.quant_min, spec.quant_max)
 
 
 def _scale_by_reciprocal(low, high, spec):
-    neg, pos, eps = np.minimum(low, 0), np.maximum(high, 0), np.float32(spec.eps)
+    neg, pos, eps = np.minimum(low, 0), np.maximum(high, 0), np.float32(spec.eps or 2.0**-23)
     scale = np.maximum((pos - neg) * (np.float32(1) / np.float32(spec.quant_max - spec.quant_min)), eps)
     return scale, np.clip(spec.quant_min - np.rint(neg / scale), spec.quant_min, spec.quant_max)
 
@@ -151,7 +151,7 @@ def _point_rounded_after(low, high, spec):
 
 
 def _range_without_zero(low, high, spec):
-    scale = np.maximum((high - low) / np.float32(spec.quant_max - spec.quant_min), np.float32(spec.eps))
+    scale = np.maximum((high - low) / np.float32(spec.quant_max - spec.quant_min), np.float32(spec.eps or 2.0**-23))
     return scale, np.clip(spec.quant_min - np.rint(low / scale), spec.quant_min, spec.quant_max)
 
 

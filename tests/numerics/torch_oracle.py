@@ -68,7 +68,7 @@ def observer_options(spec: qjax.QuantSpec) -> dict[str, object]:
         "dtype": torch.qint8 if spec.format.signed else torch.quint8,
         "qscheme": getattr(torch, f"per_{kind}_{'symmetric' if spec.symmetric else 'affine'}"),
         "reduce_range": spec.reduce_range,
-        "eps": spec.eps,
+        "eps": spec.eps or 2.0**-23,  # the default of torch's observers, and of the spec
     }
     if spec.format not in (qjax.int8, qjax.uint8):
         options |= {"quant_min": spec.format.quant_min, "quant_max": spec.format.quant_max}

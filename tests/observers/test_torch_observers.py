@@ -51,7 +51,7 @@ def compare(observer, theirs, data):
             states[how] = state = update(states[how], jnp.asarray(batch))
             chosen = qparams(state)
             wanted = {"min_val": theirs.min_val, "max_val": theirs.max_val, "scale": scale, "zero_point": point.int()}
-            got = {**{name: getattr(state, name) for name in ("min_val", "max_val")}, **chosen._asdict()}
+            got = {**{name: getattr(state, name) for name in ("min_val", "max_val")}, **vars(chosen)}
             for name, value in wanted.items():
                 expected = value.numpy()
                 if name == "zero_point" and not observer.spec.symmetric:
