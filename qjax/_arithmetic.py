@@ -40,8 +40,8 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     """Return `a · b + c` rounded once, in float32, whatever the backend would have done.
 
     Exact for finite operands, where a and b are 0 or of magnitude 2^-103 and more, their product is 0 or of magnitude 2^-80
-    and more, and neither it nor the sum overflows; below that, XLA flushes bits that the exact product needs. Where the
-    product or the sum overflows, and for NaN and infinities, the result is that of `a * b + c`.
+    and more, and it does not overflow; below that, XLA flushes bits that the exact product needs. Where the product or the
+    sum overflows, and for NaN and infinities, the result is that of `a * b + c`.
 
     References:
       Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", IEEE
@@ -54,7 +54,7 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     mid, tail = _two_sum(c, low)
     top, rest = _two_sum(high, mid)
     result = top + _add_round_to_odd(tail, rest)
-    return jnp.where(jnp.isfinite(result) & jnp.isfinite(plain), result, plain)
+    return jnp.where(jnp.isfinite(result), result, plain)
 
 
 @fma.defjvp

@@ -235,7 +235,7 @@ def _integer_codes(
     """Rounded codes as float32, NaN and overflow already sent where the convention sends them; and the same unrounded."""
     row = spec.row
     if row.zero_point == "after":
-        before = scaled + zero_point
+        before = unfused(scaled) + zero_point
         codes = round_to_dtype(round_real(scaled, spec.rounding, bits) + zero_point, dtype)
     else:
         if row.fused:

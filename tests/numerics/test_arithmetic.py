@@ -192,3 +192,18 @@ def test_round_half_even(rng):
     x = np.concatenate([x, np.nextafter(x, np.float32(np.inf)), np.nextafter(x, np.float32(-np.inf))])
     for way in (lambda f: f, jax.jit):
         assert_same_bits(way(round_half_even)(jnp.asarray(x)), np.rint(x))
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_fma_next_to_overflow(how):
+    """The result is finite where the sum is, also if a part of the computation overflows, or a · b + c does."""
+    largest = 3.4028235e38
+    operands = np.float32(
+        [
+            (-1.5 * 2.0**52, 2.0**52, largest),  # an exact tie; the error of the sum overflows
+            (15524161 * 2.0**41, 9065706 * 2.0**40, 2.0**103),  # a · b is just below the largest number and rounds to it
+            (3e38, 1.5, -3e38),  # the product overflows: as a · b + c, rounded twice
+        ]
+    )
+    expected = np.float32([largest * (1 - 2.0**-24), largest, np.inf])
+    assert_same_bits(how(fma)(*map(jnp.asarray, operands.T)), expected)

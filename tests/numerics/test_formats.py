@@ -221,6 +221,7 @@ def test_codebook_takes_the_nearest_level(book, rng):
     x = np.concatenate(
         [x, rng.uniform(levels[0] - 1, levels[-1] + 1, 5000).astype(np.float32), np.float32([0, -0.0, np.inf])]
     )
+    x = x[(np.abs(x) >= 2.0**-126) | (x == 0)]  # whether a denormal is below a boundary at 0 is the backend's choice
     boundaries = np.float32(book.boundaries)
     expected = (x[:, None] > boundaries).sum(1) if book.ties == "lower" else (x[:, None] >= boundaries).sum(1)
     got, in_range = encoder(book)(x)

@@ -162,3 +162,29 @@ def test_a_key_is_wanted_where_it_is_used_and_nowhere_else():
     prepared = qjax.prepare(lambda w, x: x @ w, recipe)
     with pytest.raises(ValueError, match=r"a prepared function takes no key"):
         prepared.init(jnp.ones((2, 2)), jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize("convention", ["torch_fake", "torch_real", "aimet", "compressed_tensors", "modelopt"])
+@pytest.mark.parametrize("mask", ["after_rounding", "before_rounding", "none"])
+def test_where_the_gradient_passes(mask, convention):
+    """Within half a step outside the range, after and before rounding disagree; exact halves go as they are rounded."""
+    spec = qjax.QuantSpec(qjax.Int(3), symmetric=True, convention=convention, mask=mask)
+    x = np.float32([1.5, 1.5000001, 1.74, 1.75, 1.7500001, -2.0, -2.0000002, -2.25, -2.2500002, 0.0, np.inf])
+    passes = {
+        "after_rounding": [1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0],
+        "before_rounding": [1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0],
+        "none": [1] * 11,
+    }[mask]
+    for how in (lambda f: f, jax.jit):
+        gradient = how(jax.grad(lambda x: qjax.fake_quantize(x, qjax.QParams(jnp.float32(0.5), ZERO), spec).sum()))(x)
+        np.testing.assert_array_equal(gradient, passes)
+
+
+@pytest.mark.parametrize("mask", ["after_rounding", "before_rounding"])
+def test_the_mask_of_floats(mask):
+    """e2m1 ends at 6, and 7 is the tie to what would be 8: up to it x is rounded back to 6."""
+    spec = qjax.QuantSpec(qjax.e2m1, mask=mask)
+    x = np.float32([6, 6.0000005, 6.9999995, 7, -6, -6.5, -8, np.nan])
+    expected = {"after_rounding": [1, 1, 1, 0, 1, 1, 0, 0], "before_rounding": [1, 0, 0, 0, 1, 0, 0, 0]}[mask]
+    gradient = jax.grad(lambda x: qjax.fake_quantize(x, qjax.QParams(ONE, ZERO), spec).sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, expected)
