@@ -111,9 +111,13 @@ def arithmetic() -> str:
     rows = []
     for name, where, spec in cases():
         row = spec.row
-        narrow = {"never": "float32", "shared": "that of x and s", "enough": "that of x, if precise enough"}[
-            row.per_op_rounding
-        ]
+        narrow = {
+            "never": "float32",
+            "shared": "that of x and s",
+            "quotient": "that of x and s; x / s alone",
+            "own": "that of x",
+            "enough": "that of x, if precise enough",
+        }[row.per_op_rounding]
         rule = spec.replace(symmetric=not spec.float_zero_point, convention=spec.convention).effective_scale_rule
         rows.append([f"`{name}`", where, f"`{formula(row)}`", narrow, f"`{rule}`", f"`{row.mask}`"])
     return table(["convention", "granularity", "code", "rounds to", "symmetric scale", "mask"], rows)

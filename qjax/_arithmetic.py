@@ -1,7 +1,8 @@
 """Float32 operations that XLA would otherwise rewrite: the same bits eager, jitted and vmapped.
 
-XLA turns `a / broadcast(s)` into `a * broadcast(1 / s)` and, under `jit`, `a * b + c` into a fused multiply-add. Code that
-promises exact codes says here which of them it wants. Denormal operands and results are flushed to zero by XLA.
+XLA turns `a / broadcast(s)` into `a * broadcast(1 / s)` and, under `jit`, `a * b + c` into a fused multiply-add and
+`(x * a) * b` into `x * (a * b)`. Code that promises exact codes says here which of them it wants. Denormal operands and
+results are flushed to zero by XLA.
 """
 
 from __future__ import annotations
@@ -11,28 +12,30 @@ import jax.numpy as jnp
 from jax import lax
 
 _SPLIT_MASK = 0xFFFFF000  # keeps 12 of 24 significant bits, so that products of two halves are exact
-_FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """Return `numerator / denominator`, correctly rounded; never a multiplication by a reciprocal.
 
-    The barrier has to stand on the broadcast denominator: one on the scalar does not survive the rewrite.
+    The barrier has to stand on the broadcast denominator: one on the scalar does not survive the rewrite. A numerator that is
+    a quotient itself is kept from becoming `a / (b · c)`.
     """
     shape = jnp.broadcast_shapes(numerator.shape, denominator.shape)
     numerator, denominator = jnp.broadcast_to(numerator, shape), jnp.broadcast_to(denominator, shape)
     # `vmap` over the numerator alone would broadcast the denominator outside the barrier. A choice between the
     # denominator and itself batches it, too; the compiler drops the choice and keeps the barrier.
     denominator = jnp.where(numerator == 0, denominator, denominator)
-    return numerator / lax.optimization_barrier(denominator)
+    return unfused(numerator) / lax.optimization_barrier(denominator)
 
 
 def unfused(product: jax.Array) -> jax.Array:
-    """Return `product` unchanged, in a form that the compiler cannot contract with a following addition.
+    """Return `product` unchanged, in a form that the compiler cannot merge with the operation that follows.
 
-    A select stands between the two; barriers and bitcasts do not stop the contraction.
+    A select stands between the two; barriers and bitcasts do not stop it from contracting a multiplication and an addition to
+    one fused operation, or `(x · a) · b` to `x · (a · b)`.
     """
-    return jnp.where(product > _FLOAT32_MAX, jnp.float32(jnp.inf), product)
+    limit = float(jnp.finfo(product.dtype).max)
+    return jnp.where(product > limit, jnp.asarray(jnp.inf, product.dtype), product)
 
 
 @jax.custom_jvp

@@ -67,10 +67,12 @@ class Row:
       wraps: What a conversion to an integer before the clamp does: "int64" sends what does not fit to the lowest code, "int32"
         keeps the low 32 bits and sends what does not fit 64 to code 0.
       per_op_rounding: Whether each operation rounds to a dtype narrower than float32: the one that x and scale "shared", so
-        that bfloat16 tensors with bfloat16 scales are rounded after every step; or that of x where it is precise "enough", its
-        epsilon at most a quarter of `1 / (quant_max - quant_min)`.
-      range_rounding: How a range narrower than float32 becomes a scale: None rounds each operation to the dtype of the range where
-        per_op_rounding is "shared", "quotient" only up to the quotient, "per_token" as torch does: float16 only when affine.
+        that bfloat16 tensors with bfloat16 scales are rounded after every step ("quotient": after the first, and zero_point is
+        added as an integer); x's "own", whatever that of scale; or that of x where it is precise "enough", its epsilon at most
+        a quarter of `1 / (quant_max - quant_min)`.
+      range_rounding: How a range narrower than float32 becomes a scale: None rounds each operation to the dtype of the range
+        where per_op_rounding is "shared", "quotient" only up to the quotient, "per_token" as torch does: float16 only when
+        affine.
       saturates_at: Whether codes end at `quant_min … quant_max`, or at the limits of the format also under `reduce_range`.
       nan: The code of NaN.
       scale_rule: How a symmetric scale follows from a range, unless the spec says.
@@ -91,7 +93,7 @@ class Row:
     fused: bool = False
     clamp: Literal["before", "after"] = "after"
     wraps: Literal["int64", "int32"] | None = None
-    per_op_rounding: Literal["never", "shared", "enough"] = "never"
+    per_op_rounding: Literal["never", "shared", "quotient", "own", "enough"] = "never"
     range_rounding: Literal["quotient", "per_token"] | None = None
     saturates_at: Literal["range", "format"] = "range"
     nan: Where = "zero"
@@ -135,12 +137,24 @@ _TORCHAO = Row(
     unsigned_zero_point="half_up",
     eps="smallest_normal",
 )
+_BREVITAS = Row(
+    source="Brevitas, src/brevitas/core/quant/int_base.py",
+    scaling="division",
+    zero_point="before",
+    per_op_rounding="shared",
+    scale_rule="min_code",
+    unsigned_zero_point="zero",
+    eps=1e-10,
+    eps_replaces="range",
+    mask="none",
+)
 
 TABLE: dict[Convention, Rows] = {
     "torch_fake": Rows(
         default=_TORCH_FAKE,
         note="Denormals are kept by torch and flushed to zero by XLA: it matters for scales beyond 2^±100 alone. torch "
-        "multiplies a gradient by the mask, so that inf · 0 is NaN; here the mask selects.",
+        "multiplies a gradient by the mask, so that inf · 0 is NaN; here the mask selects. Without AVX2 torch's kernel for "
+        "float zero_points does not fuse.",
         per_tensor=dataclasses.replace(_TORCH_FAKE, wraps=None),
         float_zero_point=dataclasses.replace(_TORCH_FAKE, zero_point="before", fused=True),
     ),
@@ -153,8 +167,9 @@ TABLE: dict[Convention, Rows] = {
     ),
     "torch_decomposed": Rows(
         default=_TORCH_DECOMPOSED,
-        note="torch leaves the code of NaN to the processor (0 on x86), and its per-group op raises on NaN. A scale that is a "
-        "Python float is inverted in float64 there; here it is a float32.",
+        note="torch leaves the code of NaN to the processor (0 on x86), and its per-group op raises on NaN. Scales are "
+        "float32 here. There a Python float is inverted in float64, arrays of float64 are computed with in float64 (those of "
+        "choose_qparams_per_token_asymmetric are), and 1/s of bfloat16 scales of channels is rounded to bfloat16.",
         per_token=dataclasses.replace(
             _TORCH_DECOMPOSED,
             zero_point="before",
@@ -170,14 +185,17 @@ TABLE: dict[Convention, Rows] = {
     ),
     "torchao": Rows(
         default=_TORCHAO,
-        note="torchao's QAT keeps NaN and multiplies a gradient by s and 1/s, an ulp away from dy; here NaN is 0 and dx is dy.",
-        float_format=dataclasses.replace(_TORCHAO, scaling="division", scale_rule="max_code"),
+        note="torchao's QAT keeps NaN and multiplies a gradient by s and 1/s, an ulp away from dy; here NaN is 0 and dx is dy. "
+        "Floats are divided in float32; torchao has no eps there, so that a block of zeros becomes NaN.",
+        float_format=dataclasses.replace(
+            _TORCHAO, scaling="division", per_op_rounding="never", range_rounding="quotient", scale_rule="max_code"
+        ),
     ),
     "onnx": Rows(
         default=Row(
             source="ONNX, onnx/reference/ops/op_quantize_linear.py, op_dynamic_quantize_linear.py",
             scaling="division",
-            per_op_rounding="shared",
+            per_op_rounding="quotient",
             nan="lowest",
             zero_point_rule="clamp_first",
             eps=_ONNX_EPS,
@@ -188,28 +206,23 @@ TABLE: dict[Convention, Rows] = {
     ),
     "aimet": Rows(
         default=Row(
-            source="AIMET, aimet_torch/v2/quantization/affine/backends/torch_builtins.py",
+            source="AIMET, aimet_torch/quantization/affine/backends/torch_builtins.py",
             scaling="division",
             per_op_rounding="enough",
             scale_rule="aimet",
+            unsigned_zero_point="half_up",
         ),
         note="AIMET's `quantize` and trainable `quantize_dequantize`. With frozen encodings the latter calls torch's "
-        "fake-quant: use torch_fake for that. AIMET keeps NaN.",
+        "fake-quant: use torch_fake for that. AIMET keeps NaN, and rounds scale to the dtype that it computes in: give a "
+        "float16 x a float16 scale.",
     ),
     "brevitas": Rows(
-        default=Row(
-            source="Brevitas, src/brevitas/core/quant/int_base.py",
-            scaling="division",
-            zero_point="before",
-            per_op_rounding="shared",
-            scale_rule="min_code",
-            unsigned_zero_point="zero",
-            eps=1e-10,
-            eps_replaces="range",
-            mask="none",
-        ),
+        default=_BREVITAS,
+        # A scale of rank 0 does not promote what it divides.
+        per_tensor=dataclasses.replace(_BREVITAS, per_op_rounding="own"),
         note="The mask is that of weights (TensorClampSte); quantizers with a learned scale (TensorClamp, activations) have "
-        'mask="after_rounding". Brevitas keeps NaN, and its gradient is dy · s / s.',
+        'mask="after_rounding". Brevitas keeps NaN, and its gradient is dy · s / s. It does not widen an affine range below '
+        "zero to hold 0.",
     ),
     "modelopt": Rows(
         default=Row(
@@ -228,7 +241,7 @@ TABLE: dict[Convention, Rows] = {
             eps_replaces="range",
             mask="before_rounding",
         ),
-        note="The mask is |x| <= amax, also where -128 reaches further. Its functions are narrow by default, its quantizers "
+        note="The mask is abs(x) <= amax, also where -128 reaches further. Its functions are narrow by default, its quantizers "
         "are not: Int(8, narrow=True) or int8. A tensor within ±2^-24 becomes zero. ModelOpt keeps NaN.",
     ),
     "compressed_tensors": Rows(

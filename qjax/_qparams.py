@@ -64,7 +64,7 @@ def choose_qparams(min_val: ArrayLike, max_val: ArrayLike, spec: QuantSpec) -> Q
     | "max_code"     | amax / quant_max, int8: 127                              | ModelOpt; all floats and codebooks    |
     | "min_code"     | amax / -quant_min, int8: 128                             | Brevitas                              |
     | "no_clipping"  | max(neg / quant_min, pos / quant_max)                    | torchao SYMMETRIC_NO_CLIPPING_ERR     |
-    | "aimet"        | no_clipping, then (max - min) / (quant_max - quant_min)  | AIMET's min-max analyzer              |
+    | "aimet"        | no_clipping, then (max - min) / (quant_max - quant_min)  | AIMET's min-max analyzer; affine, too |
     | "torch_aten"   | ATen's ChooseQuantizationParams, in float64              | torch, dynamic linear; affine, too    |
     | "torch_fbgemm" | FBGEMM's, and max(-min/128, max/127) when symmetric     | torch, fused fake-quant; affine, too  |
     | "mx_floor"     | 2^(floor(log2 amax) - emax)                              | OCP MX 1.0                            |
@@ -128,10 +128,13 @@ def choose_qparams(min_val: ArrayLike, max_val: ArrayLike, spec: QuantSpec) -> Q
     if rule in POWER_OF_TWO_RULES or rule in E4M3_RULES:
         scale, tensor_scale = block_scale(jnp.maximum(-neg, pos), spec.format, rule)
         return QParams(scale, jnp.zeros(scale.shape, jnp.int32), tensor_scale)
-    if rule == "aimet" and spec.symmetric:
-        scale = aimet_scale(neg, pos, spec, float(_eps(spec, dtype)))
+    if rule == "aimet":
+        scale, neg = aimet_scale(neg, pos, spec)
+        if not spec.symmetric:
+            return QParams(scale, _affine_zero_point(neg, pos, scale, spec, dtype))
         return QParams(scale, jnp.full(scale.shape, _symmetric_zero_point(spec), jnp.int32))
     if spec.symmetric:
+        own = jnp.maximum(-neg, pos)
         if spec.eps is None and spec.row.eps_replaces == "range":
             eps = round_to_dtype(_eps(spec, dtype), quotient)
             pos = jnp.maximum(pos, eps)
@@ -139,8 +142,8 @@ def choose_qparams(min_val: ArrayLike, max_val: ArrayLike, spec: QuantSpec) -> Q
         scale = _not_below_eps(_symmetric_scale(neg, pos, amax, spec, quotient), spec, dtype)
         zero_point = jnp.full(scale.shape, _symmetric_zero_point(spec), jnp.int32)
         if spec.keeps_amax and spec.eps is not None:
-            amax = jnp.maximum(amax, jnp.float32(spec.eps * spec.quant_max))
-        return QParams(scale.astype(kept), zero_point, None, amax if spec.keeps_amax else None)
+            own = jnp.maximum(own, jnp.float32(spec.eps * spec.quant_max))
+        return QParams(scale.astype(kept), zero_point, None, own if spec.keeps_amax else None)
     levels = jnp.float32(spec.quant_max - spec.quant_min)
     width = round_to_dtype(pos - neg, quotient)
     if spec.eps is None and spec.row.eps_replaces == "range" and spec.row.affine_eps is None:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from qjax._arithmetic import divide, fma, unfused
 from qjax._codes import code_of, round_to_dtype, value_of
-from qjax._conventions import E4M3_RULES, MODELOPT_EPS
+from qjax._conventions import E4M3_RULES, MODELOPT_EPS, POWER_OF_TWO_RULES
 from qjax._formats import Int
 from qjax._granularity import expand
 from qjax._qparams import QParams, check_qparams, check_spec
@@ -104,9 +104,10 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.Array 
     that is `x · ((1 / tensor_scale) / scale)`, as torchao computes it. In a block format a NaN spoils the scale of its block,
     and so the block.
 
-    "torchao", "compressed_tensors", "brevitas", "onnx" and "torch_decomposed" (token, group) round after every operation to
-    the dtype that x and scale share: bfloat16 arithmetic where x and `qparams.scale` are both bfloat16. "aimet" does so in the
-    dtype of x where that is precise enough: float16 to 8 bits, bfloat16 to 4.
+    "torchao", "compressed_tensors", "brevitas" and "torch_decomposed" (token, group) round after every operation to the dtype
+    that x and scale share: bfloat16 arithmetic where x and `qparams.scale` are both bfloat16. "onnx" rounds x / s so, and
+    nothing else. "brevitas" per tensor takes the dtype of x, whatever that of scale; "aimet" does where it is precise enough:
+    float16 to 8 bits, bfloat16 to 4.
 
     Denormals are flushed to zero. For scales from 2^-100 to 2^100 that changes no code. Outside it may: at the latest below
     2^-125, where x is denormal, and above 2^126, where 1/scale is, so that every finite x gets the code zero_point.
@@ -199,10 +200,12 @@ def _op_dtype(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jnp.dtype:
     """The dtype that each operation rounds to."""
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     match spec.row.per_op_rounding:
-        case "shared":
+        case "shared" | "quotient":
             narrow &= x.dtype == scale.dtype
         case "enough":
             narrow &= bool(jnp.finfo(x.dtype).eps <= 0.25 / (spec.quant_max - spec.quant_min))
+        case "own":
+            pass
         case "never":
             narrow = False
     return x.dtype if narrow else jnp.dtype(jnp.float32)
@@ -210,16 +213,18 @@ def _op_dtype(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jnp.dtype:
 
 def _scaled(x: jax.Array, qparams: QParams, spec: QuantSpec, dtype: jnp.dtype, caller: str) -> jax.Array:
     """`x / scale`, as the convention computes it."""
-    scaling, scale = spec.row.scaling, qparams.scale
+    scaling, scale, rule = spec.row.scaling, qparams.scale, spec.effective_scale_rule
     if qparams.tensor_scale is not None:
         inv = divide(jnp.broadcast_to(1.0 / qparams.tensor_scale, scale.shape), scale)
     elif qparams.amax is not None:
         inv = _inverse_of_amax(qparams.amax, spec)
-    elif scaling == "division" and spec.effective_scale_rule not in E4M3_RULES:
+    elif rule in POWER_OF_TWO_RULES or (scaling == "division" and rule not in E4M3_RULES):
+        # By a power of two both are exact, but the inverse of 2^127 is a denormal, which XLA takes for zero.
         return round_to_dtype(divide(x, expand(scale, spec.granularity, x.shape, caller)), dtype)
     else:
         inv = round_to_dtype(1.0 / scale, dtype)
-    return round_to_dtype(x * expand(inv, spec.granularity, x.shape, caller), dtype)
+    # Whatever x was multiplied by before must not be multiplied by `inv` first.
+    return round_to_dtype(unfused(x) * expand(inv, spec.granularity, x.shape, caller), dtype)
 
 
 def _integer_codes(
@@ -236,7 +241,9 @@ def _integer_codes(
     row = spec.row
     if row.zero_point == "after":
         before = unfused(scaled) + zero_point
-        codes = round_to_dtype(round_real(scaled, spec.rounding, bits) + zero_point, dtype)
+        codes = round_real(scaled, spec.rounding, bits) + zero_point
+        if row.per_op_rounding != "quotient":
+            codes = round_to_dtype(codes, dtype)
     else:
         if row.fused:
             inv = expand(1.0 / qparams.scale, spec.granularity, x.shape, caller)

@@ -11,7 +11,7 @@ from jax import lax
 
 from qjax._arithmetic import divide, unfused
 from qjax._codes import code_of, value_of
-from qjax._conventions import POWER_OF_TWO_RULES, SMALLEST_NORMAL, ScaleRule
+from qjax._conventions import POWER_OF_TWO_RULES, SMALLEST_NORMAL, TORCH_EPS, ScaleRule
 from qjax._formats import Codebook, Float, Format, Int, e4m3
 from qjax._rounding import round_half_even
 from qjax._spec import QuantSpec
@@ -40,48 +40,56 @@ def torch_choose(
       PyTorch, `aten/src/ATen/native/quantized/cpu/QuantUtils.h`; FBGEMM, `include/fbgemm/QuantUtils.h`.
     """
     qmin, qmax = int(spec.quant_min), int(spec.quant_max)
-    if spec.symmetric:
-        low, high = _preserve_sparsity(low, high, qmin, qmax)
-    low, high = jnp.minimum(low, jnp.float32(0)), jnp.maximum(high, jnp.float32(0))
+    levels = qmax - qmin
+    # Where torch rounds to float32, `_single` does; all other steps are in float64 there, or exact in it.
     with jax.enable_x64(True):
-        scale = _to64(high) - _to64(low)
-        # A constant denominator would be turned into a multiplication, by XLA as by jnp.
-        scale = divide(scale, jnp.full(scale.shape, qmax - qmin, jnp.float64))
-        single = _rounded_to32(scale)
+        low, high = _to64(low), _to64(high)
+        two_sided = (low < 0) & (high > 0)
+        if spec.symmetric:
+            lowest, highest = -(levels // 2 + 1), levels // 2
+            magnitude = jnp.maximum(
+                jnp.abs(_single(_divide_by(low, lowest))), jnp.abs(_single(_divide_by(high, highest)))
+            )
+            low = jnp.where(two_sided, _single(magnitude * lowest), low)
+            high = jnp.where(two_sided, _single(magnitude * highest), high)
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        scale = _divide_by(high - low, levels)
+        single = _single(scale)
         if copy == "fbgemm":
             scale = single
-        tiny = single <= 2.0**-128  # the float32 inverse is infinite
-        scale = jnp.where(tiny, np.float64(0.1) if copy == "aten" else np.float64(np.float32(0.1)), scale)
+        lost = single <= 2.0**-128  # its inverse is infinite in float32
+        scale = jnp.where(lost, np.float64(0.1) if copy == "aten" else np.float64(np.float32(0.1)), scale)
         stretched = scale < np.float64(_SMALL_SCALE)
-        # The quotient of two float32 numbers may be rounded to float64 first: that is the same.
-        ratio = _to32(divide(jnp.full(scale.shape, _SMALL_SCALE, jnp.float64), single))
-    levels = jnp.float32(qmax - qmin)
-    longer_low = jnp.where(high == 0, -_SMALL_SCALE * levels, jnp.where(low == 0, low, low * ratio))
-    longer_high = jnp.where(low == 0, _SMALL_SCALE * levels, jnp.where(high == 0, high, high * ratio))
-    low, high = jnp.where(stretched, longer_low, low), jnp.where(stretched, longer_high, high)
-    with jax.enable_x64(True):
+        ratio = _single(divide(jnp.full(scale.shape, _SMALL_SCALE, jnp.float64), single))
+        width = np.float64(_SMALL_SCALE * np.float32(levels))
+        longer_low = jnp.where(high == 0, -width, jnp.where(low == 0, low, _single(low * ratio)))
+        longer_high = jnp.where(low == 0, width, jnp.where(high == 0, high, _single(high * ratio)))
+        low, high = jnp.where(stretched, longer_low, low), jnp.where(stretched, longer_high, high)
         scale = jnp.where(stretched, np.float64(_SMALL_SCALE), scale)
-        below, above = divide(_to64(low), scale), divide(_to64(high), scale)
+        below, above = divide(low, scale), divide(high, scale)
         sign = -1.0 if copy == "aten" else 1.0
         error_below = abs(qmin) + sign * jnp.abs(below)
         error_above = abs(qmax) + sign * jnp.abs(above)
         point = jnp.where(error_below < error_above, qmin - below, qmax - above)
         if spec.symmetric:
-            middle = np.float64((qmin + qmax) / 2)
-            point = jnp.where((low < 0) & (high > 0), middle, point)
+            point = jnp.where(two_sided, np.float64((qmin + qmax) / 2), point)
         # NaN, and high = inf unless the spec is symmetric: torch's zero_point is then -2^31, which no kernel takes.
         point = jnp.where(jnp.isnan(point), np.float64(qmin), point)
         point = round_half_even(jnp.clip(point, qmin, qmax))
         return _to32(scale), lax.convert_element_type(point, jnp.int32)
 
 
-def _preserve_sparsity(low: jax.Array, high: jax.Array, qmin: int, qmax: int) -> tuple[jax.Array, jax.Array]:
-    half = (qmax - qmin) // 2
-    lowest, highest = jnp.float32(-(half + 1)), jnp.float32(half)
-    magnitude = jnp.maximum(jnp.abs(divide(low, lowest)), jnp.abs(divide(high, highest)))
-    # The product of a float32 and a small whole number is exact in float64, so that rounding it to float32 is one rounding.
-    two_sided = (low < 0) & (high > 0)
-    return jnp.where(two_sided, magnitude * lowest, low), jnp.where(two_sided, magnitude * highest, high)
+def _divide_by(x: jax.Array, divisor: int) -> jax.Array:
+    """A constant as it stands would be turned into a multiplication, by XLA as by jnp."""
+    return divide(x, jnp.full(x.shape, divisor, jnp.float64))
+
+
+def _single(x: jax.Array) -> jax.Array:
+    """The nearest float32, as float64: denormal ones, too, which a conversion would flush.
+
+    Of float32 operands, a quotient that was rounded to float64 before is rounded right, and a product was exact.
+    """
+    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, round_half_even(x * 2.0**149) * 2.0**-149, _to64(_to32(x)))
 
 
 def _to64(x: Any) -> jax.Array:
@@ -92,30 +100,31 @@ def _to32(x: Any) -> jax.Array:
     return lax.convert_element_type(x, jnp.float32)
 
 
-def _rounded_to32(x: jax.Array) -> jax.Array:
-    """The nearest float32 as float64, denormal ones, too, which a conversion would flush."""
-    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, round_half_even(x * 2.0**149) * 2.0**-149, _to64(_to32(x)))
+def aimet_scale(neg: jax.Array, pos: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """The step of the range that AIMET's min-max analyzer makes of another, and where that begins.
 
-
-def aimet_scale(neg: jax.Array, pos: jax.Array, spec: QuantSpec, eps: float) -> jax.Array:
-    """AIMET's symmetric scale: a step that clips neither end, the range that has this step, and the step of that range.
+    A range whose step is below the smallest one is widened by it. A symmetric range is that of the step that clips neither
+    end.
 
     References:
-      AIMET, `aimet_torch/v2/quantization/encoding_analyzer.py`, `MinMaxEncodingAnalyzer`.
+      AIMET, `aimet_torch/quantization/encoding_analyzer.py`, `MinMaxEncodingAnalyzer`.
     """
     steps = int(spec.quant_max - spec.quant_min)
     above, below = steps // 2, steps - steps // 2
-    divisor = 2 if steps == 3 else max(above, 1)
-    smallest = jnp.float32(min(eps, 0.01 / steps))
+    smallest = jnp.float32(min(TORCH_EPS, 0.01 / steps) if spec.eps is None else spec.eps)
     widened = jnp.where(divide(pos - neg, jnp.float32(steps)) < smallest, smallest, jnp.float32(0))
-    step = jnp.maximum(
-        divide(pos + unfused(jnp.float32(above) * widened), jnp.float32(divisor)),
-        divide(-(neg - unfused(jnp.float32(below) * widened)), jnp.float32(below)),
-    )
+    if spec.symmetric:
+        divisor = 2 if steps == 3 else max(above, 1)
+        step = jnp.maximum(
+            divide(pos + unfused(jnp.float32(above) * widened), jnp.float32(divisor)),
+            divide(-(neg - unfused(jnp.float32(below) * widened)), jnp.float32(below)),
+        )
+        low, high = unfused(-jnp.float32(below) * step), unfused(jnp.float32(above) * step)
+    else:
+        low, high = neg, pos + unfused(jnp.float32(steps) * widened)
     limit = jnp.finfo(jnp.float32).max
-    low, high = unfused(-jnp.float32(below) * step), unfused(jnp.float32(above) * step)
     low, high = jnp.clip(low, -limit, limit), jnp.clip(high, -limit, limit)
-    return jnp.maximum(jnp.abs(divide(high - low, jnp.float32(steps))), smallest)
+    return jnp.maximum(jnp.abs(divide(high - low, jnp.float32(steps))), smallest), low
 
 
 def block_scale(amax: jax.Array, number_format: Format, rule: ScaleRule) -> tuple[jax.Array, jax.Array | None]:

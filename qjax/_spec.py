@@ -212,8 +212,9 @@ class QuantSpec:
 
     @property
     def has_zero_point(self) -> bool:
-        """Whether zero_point may be other than 0."""
-        return isinstance(self.format, Int) and not (self.symmetric and self.format.signed)
+        """Whether zero_point may be other than 0: torch's C++ has one for a one-sided range, symmetric or not."""
+        affine = not self.symmetric or self.effective_scale_rule in ("torch_aten", "torch_fbgemm")
+        return isinstance(self.format, Int) and (affine or not self.format.signed)
 
     @property
     def keeps_amax(self) -> bool:

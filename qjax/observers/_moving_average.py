@@ -87,6 +87,74 @@ class MovingAverageMinMax(Observer):
         return state.count > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class FusedMovingAverage(MovingAverageMinMax):
+    """See `fused_moving_average`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spec.scale_rule not in (None, "torch_fbgemm"):
+            raise ValueError(
+                "fused_moving_average: torch's fused kernel chooses its qparams by scale_rule 'torch_fbgemm', got "
+                f"{self.spec.scale_rule!r}. Drop it, or use moving_average_min_max."
+            )
+        object.__setattr__(self, "spec", self.spec.replace(scale_rule="torch_fbgemm"))
+
+    def update(self, state: MovingAverageState, x: ArrayLike) -> MovingAverageState:
+        """Move the range towards that of x; x sets each end that is infinite, as the first x does both."""
+        moved = super().update(state, x)
+        if moved is state:
+            return state
+        x = self._check(x, "update")
+        low, high = min_max_of(x, self.spec)
+        return MovingAverageState(
+            jnp.where(jnp.isinf(state.min_val), low, moved.min_val),
+            jnp.where(jnp.isinf(state.max_val), high, moved.max_val),
+            moved.count,
+        )
+
+    def qparams(self, state: MovingAverageState) -> QParams:
+        """Choose qparams for the averaged range, of which torch takes no end beyond 0, nor minds one beyond the other."""
+        seen, zero = state.count > 0, jnp.float32(0)
+        low = jnp.where(seen, jnp.minimum(state.min_val, zero), state.min_val)
+        high = jnp.where(seen, jnp.maximum(state.max_val, zero), state.max_val)
+        return qparams_of_range(low, high, self.spec)
+
+
+def fused_moving_average(spec: QuantSpec, averaging_constant: float = 0.01) -> FusedMovingAverage:
+    """Observe the moving average and choose the qparams that torch's fused QAT kernel does, which differ from its observers'.
+
+        m ← m + c · (cur - m), and m ← cur where m is infinite;    qparams by scale_rule "torch_fbgemm"
+
+    The buffers `scale` and `zero_point` of a `FusedMovingAvgObsFakeQuantize` come from here; `convert` in torch recomputes them
+    as `moving_average_min_max` does. Symmetric int8 weights differ by up to 0.4 %, 4-bit ones by up to 7 %.
+
+    Args:
+      spec: Format and scheme of the qparams; its scale_rule becomes "torch_fbgemm", and its eps is not used.
+      averaging_constant: c, in (0, 1].
+
+    Returns:
+      An observer whose state is a `MovingAverageState`.
+
+    Raises:
+      ValueError: averaging_constant outside (0, 1], or the spec has another scale_rule.
+
+    Examples:
+      >>> import jax.numpy as jnp, qjax
+      >>> w8 = qjax.QuantSpec(qjax.int8, symmetric=True)
+      >>> x = jnp.array([-1.0, 0.5])
+      >>> for make in (qjax.observers.fused_moving_average, qjax.observers.moving_average_min_max):
+      ...     observer = make(w8)
+      ...     print(observer.qparams(observer.update(observer.init(x), x)).scale)
+      0.0078125
+      0.007843138
+
+    References:
+      PyTorch, `aten/src/ATen/native/quantized/cpu/fused_obs_fake_quant.cpp`; pytorch/ao issue 4824.
+    """
+    return FusedMovingAverage(spec, averaging_constant)
+
+
 def moving_average_min_max(spec: QuantSpec, averaging_constant: float = 0.01) -> MovingAverageMinMax:
     """Observe an exponential moving average of each batch's range.
 

@@ -64,7 +64,7 @@ def multiply(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, d
 
 def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
     """`q - zero_point` as float32: whole numbers, exact."""
-    if spec.symmetric and spec.format.signed:
+    if not spec.has_zero_point:
         return codes.astype(jnp.float32)
     return codes.astype(jnp.float32) - expand(zero_point.astype(jnp.float32), spec.granularity, codes.shape, "prepare")
 
@@ -72,7 +72,7 @@ def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Arr
 def _largest(spec: QuantSpec) -> int:
     """The largest magnitude of `q - zero_point`."""
     low, high = int(spec.format.quant_min), int(spec.format.quant_max)
-    return max(-low, high) if spec.symmetric and spec.format.signed else high - low
+    return high - low if spec.has_zero_point else max(-low, high)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

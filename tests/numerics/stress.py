@@ -45,12 +45,28 @@ def zero_points(number_format: qjax.Int) -> list[int]:
     return sorted({low, high, (low + high) // 2, low + (high - low) // 3 | 1})
 
 
-def halves(scale: np.floating, span: int = 260, dtype: np.dtype = DTYPES[0], ulps: int = 2) -> np.ndarray:
-    """Values for which x / scale is near k + 1/2, |k| <= span: the nearest number of the dtype and its neighbours."""
+def neighbours(centre: np.ndarray, ulps: int = 2) -> np.ndarray:
+    """The numbers, and those up to `ulps` steps of their dtype from them."""
+    bits = centre.view(f"u{centre.dtype.itemsize}")
+    return np.concatenate(
+        [(bits + np.array(step).astype(bits.dtype)).view(centre.dtype) for step in range(-ulps, ulps + 1)]
+    )
+
+
+def halves(
+    scale: np.floating, span: int = 260, dtype: np.dtype = DTYPES[0], ulps: int = 2, zero_point: float | np.floating = 0
+) -> np.ndarray:
+    """Values for which x / scale + zero_point is near k + 1/2, |k| <= span: the nearest of the dtype and its neighbours."""
     with np.errstate(over="ignore", under="ignore"):
-        centre = ((np.arange(-span, span) + 0.5) * np.float64(scale)).astype(dtype)
-    bits = centre.view(f"u{dtype.itemsize}")
-    return np.concatenate([(bits + np.array(step).astype(bits.dtype)).view(dtype) for step in range(-ulps, ulps + 1)])
+        centre = ((np.arange(-span, span) + 0.5 - np.float64(zero_point)) * np.float64(scale)).astype(dtype)
+    return neighbours(centre, ulps)
+
+
+def overflowing(scale: np.floating, dtype: np.dtype = DTYPES[0]) -> np.ndarray:
+    """Values for which x / scale is at and beyond what 32 and 64 bits hold: what converts before it clamps shows here."""
+    limits = np.array([2.0**31, 3e9, 2.0**32, 2.0**33 + 2.0**11, 2.0**40, 2.0**62, 2.0**63, 2.0**64, 1e30])
+    with np.errstate(over="ignore", under="ignore"):
+        return neighbours((np.concatenate([limits, -limits]) * np.float64(scale)).astype(dtype))
 
 
 def stress(scale: np.floating, rng: np.random.Generator, dtype: np.dtype = DTYPES[0], span: int = 260) -> np.ndarray:

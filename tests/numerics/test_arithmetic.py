@@ -201,9 +201,26 @@ def test_fma_next_to_overflow(how):
     operands = np.float32(
         [
             (-1.5 * 2.0**52, 2.0**52, largest),  # an exact tie; the error of the sum overflows
-            (15524161 * 2.0**41, 9065706 * 2.0**40, 2.0**103),  # a · b is just below the largest number and rounds to it
+            (
+                15524161 * 2.0**41,
+                9065706 * 2.0**40,
+                2.0**103,
+            ),  # a · b is just below the largest number and rounds to it
             (3e38, 1.5, -3e38),  # the product overflows: as a · b + c, rounded twice
         ]
     )
     expected = np.float32([largest * (1 - 2.0**-24), largest, np.inf])
     assert_same_bits(how(fma)(*map(jnp.asarray, operands.T)), expected)
+
+
+@pytest.mark.parametrize("way", ["eager", "jit", "vmap"])
+def test_what_comes_before_is_not_merged(way, rng):
+    """XLA would make `a / (b · c)` of `(a / b) / c`, and `x · (a · b)` of `(x · a) · b`."""
+    a = random_floats(rng, COUNT)
+    how = {"eager": lambda f: f, "jit": jax.jit, "vmap": lambda f: jax.jit(jax.vmap(f, (0, None, None)))}[way]
+    b, c = np.float32(6), np.float32(3.7)
+    assert_same_bits(how(lambda a, b, c: divide(divide(a, b), c))(*map(jnp.asarray, (a, b, c))), a / b / c)
+    assert_same_bits(how(lambda a, b, c: divide(a / abs(a + b), c))(*map(jnp.asarray, (a, b, c))), a / abs(a + b) / c)
+    assert_same_bits(how(lambda a, b, c: unfused(a * b) * c)(*map(jnp.asarray, (a, b, c))), a * b * c)
+    assert differing(a / b / c, a / (b * c)).mean() > 0.1
+    assert differing(a * b * c, a * (b * c)).mean() > 0.1

@@ -100,6 +100,22 @@ def test_what_is_not_finite_does_not_get_into_a_program(bad, place):
         qjax.convert(prepared, qvars, params)
 
 
+def test_a_symmetric_weight_of_one_sign_may_have_a_zero_point():
+    """torch's fused QAT kernel gives it one: preserve_sparsity wants both signs. The product and the program heed it."""
+    weight = qjax.observers.fused_moving_average(W8)
+    prepared = qjax.prepare(two, qjax.Recipe([qjax.Rule(".*", weight=weight, input=A8)]), params_argnum=0)
+    params = jax.tree.map(jnp.abs, PARAMS)
+    qvars = prepared.init(params, X)
+    for mode in ("calibrate", "train"):
+        _, qvars = prepared(qvars, params, X, mode=mode)
+    expected, (out, _) = two(params, X), prepared(qvars, params, X, mode="eval")
+    converted = qjax.convert(prepared, qvars, params)
+    assert jnp.max(jnp.abs(out - expected)) < 0.02 * jnp.max(expected)
+    assert jnp.max(jnp.abs(converted(X) - expected)) < 0.02 * jnp.max(expected)
+    w = params["d"]["w"]
+    assert np.all(weight.qparams(weight.update(weight.init(w), w)).zero_point == -128)
+
+
 def test_arguments_under_which_there_are_other_ops_are_explained():
     prepared = qjax.prepare(two, qjax.Recipe([qjax.Rule(".*", weight=W8, input=A8)]))
     _, qvars = prepared(prepared.init(PARAMS, X), PARAMS, X, mode="calibrate")
