@@ -22,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-holds test test-long docs lint format types newest clean
+.PHONY: help demo demo-holds test test-long mutants docs lint format types newest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -42,6 +42,9 @@ test: $(VENV)/.test-installed ## run the tests and the examples in docstrings
 
 test-long: $(VENV)/.test-installed ## run the tests that compile for long
 	$(VENV)/bin/python $(PYTEST) -m long $(ARGS)
+
+mutants: $(VENV)/.test-installed ## flip one decision of the numerics at a time: some test must catch each
+	$(VENV)/bin/python -m tests.mutants $(ARGS)
 
 docs: $(VENV)/.demo-installed ## write the generated pages anew (docs/conventions.md)
 	$(VENV)/bin/python docs/generate_conventions.py
