@@ -19,7 +19,7 @@ from qjax._spec import QuantSpec
 from qjax.observers._base import qparams_of_range
 from qjax.observers._counts import CountingObserver, CountState, is_empty
 from qjax.observers._fixed import symmetric_zero_point
-from qjax.observers._float64 import row
+from qjax.observers._float64 import float64, row
 from qjax.observers._moments import Moments, table_errors, window_errors
 
 # How finely scales are tried: at first 8 to the octave, then 17 between the neighbours of the best, and so on.
@@ -78,20 +78,25 @@ def _affine_range(state: CountState, spec: QuantSpec) -> _Range:
     """Search the scale and, for each, the best of all zero_points; return the range that has those qparams."""
     with jax.enable_x64(True):
         moments, count = Moments.of(state), int(spec.quant_max - spec.quant_min)
-        zero = jnp.float32(0)
+        zero, empty = jnp.float32(0), is_empty(state)
+        low, high = jnp.minimum(state.min_val, zero), jnp.maximum(state.max_val, zero)
+        start = jnp.where(empty, zero, (high - low) / count)
+        # How many codes are positive under the qparams of the data's range.
+        plain = spec.quant_max - float64(qparams_of_range(state.min_val, state.max_val, spec).zero_point)
 
         def evaluate(scale: jax.Array) -> tuple[jax.Array, _Range]:
             scale = qparams_of_range(jnp.zeros_like(scale), scale * count, spec).scale  # no smaller than eps
             errors = window_errors(moments, count, moments.in_bins(scale))
             least = jnp.min(errors, axis=-1)
-            # Of equally good zero_points the first: the one with the fewest positive codes. (argmin of float64 is lowered
-            # outside of enable_x64, and fails there.)
-            positive = jnp.min(jnp.where(errors == least[..., None], row(np.arange(count + 1), least), count), axis=-1)
-            positive = lax.convert_element_type(positive, jnp.float32)
+            # Of equally good zero_points the one nearest to that of the data's range. (argmin of float64 is lowered outside
+            # of enable_x64, and fails there.)
+            ahead = row(np.arange(count + 1), least) - plain[..., None]
+            distance = 2 * jnp.abs(ahead) + float64(ahead < 0)
+            nearest = jnp.min(jnp.where(errors == least[..., None], distance, jnp.inf), axis=-1)
+            steps = jnp.floor(nearest / 2)
+            positive = lax.convert_element_type(plain + jnp.where(nearest == 2 * steps, steps, -steps), jnp.float32)
             return least, ((positive - count) * scale, positive * scale)
 
-        low, high = jnp.minimum(state.min_val, zero), jnp.maximum(state.max_val, zero)
-        start = jnp.where(is_empty(state), zero, (high - low) / count)
         low, high = _search(evaluate, start, state.counts.shape[-1])
     return _unless_empty(state, low, high)
 

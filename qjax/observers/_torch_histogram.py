@@ -16,7 +16,6 @@ from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._spec import QuantSpec
 from qjax.observers._base import Observer, check_mergeable, qparams_of_range
-from qjax.observers._float64 import float64
 from qjax.observers._torch_arithmetic import cascade_sum, linspace
 from qjax.observers._torch_search import search_range
 
@@ -123,11 +122,8 @@ def _unsigned_zero(x: jax.Array) -> jax.Array:
 
 def _edges(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The outer edges of torch.histc: a range without extent is widened by 1, or to the next float where 1 is too little."""
-    with jax.enable_x64(True):
-        minus_1 = lax.convert_element_type(float64(low) - 1, jnp.float32)
-        plus_1 = lax.convert_element_type(float64(high) + 1, jnp.float32)
-    wider_low = jnp.minimum(jnp.nextafter(low, jnp.float32(-_LARGEST)), minus_1)
-    wider_high = jnp.maximum(jnp.nextafter(high, jnp.float32(_LARGEST)), plus_1)
+    wider_low = jnp.minimum(jnp.nextafter(low, jnp.float32(-_LARGEST)), low - 1)
+    wider_high = jnp.maximum(jnp.nextafter(high, jnp.float32(_LARGEST)), high + 1)
     same = low == high
     return jnp.where(same, wider_low, low), jnp.where(same, wider_high, high)
 

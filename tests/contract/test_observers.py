@@ -123,7 +123,19 @@ def test_every_observer_takes_part():
     assert {type(make(name)) for name in OBSERVERS} == classes - {qjax.observers.Observer}
 
 
-@every_pair
+# Searches compile for many seconds, five times here; those that count have percentile as their example in a short run.
+COMPILE_LONG = [("percentile", g) for g in GRANULARITIES if g not in (PER_TENSOR, PER_GROUP)]
+COMPILE_LONG += [("histogram", PER_TENSOR), *[(name, g) for name in ("mse", "entropy") for g in FEW]]
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        pytest.param(n, g, id=f"{n}-{format_id(g)}", marks=[pytest.mark.long] * ((n, g) in COMPILE_LONG))
+        for n, case in OBSERVERS.items()
+        for g in case.granularities
+    ],
+)
 def test_eager_jit_vmap_and_scan_agree(name, granularity, rng):
     observer, data, traces = make(name, granularity), batches(rng), []
 

@@ -95,7 +95,7 @@ granularities = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(granularity=granularities, shape=st.tuples(*[st.integers(1, 5)] * 3))
 def test_any_shape(granularity, shape):
     check(shape, granularity, np.random.default_rng(0))

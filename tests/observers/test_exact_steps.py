@@ -1,16 +1,19 @@
 """Steps of the observers in which one rounding, or one bin, makes the difference."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qjax
-from qjax.observers import _float64
+from qjax.observers import _float64, _torch_histogram, _torch_search
 from qjax.observers import _torch_arithmetic as arithmetic
 from qjax.observers._counts import Density
 from qjax.observers._moments import Moments
 from tests.numerics.stress import assert_same_bits
+from tests.observers.test_range_searches import divergences
 
 ULP = np.float32(2.0**-23)
 
@@ -112,10 +115,28 @@ def test_zeros_do_not_decide_an_entropy(rng):
 
 
 def test_of_equally_good_ranges_entropy_takes_the_largest():
-    """As many numbers in each of 64 bins: a range of any multiple of 8 bins loses nothing but what lies beyond; of all that
-    lie within the data the last has none. Where bins are empty beyond the 40th, all ranges from there on are as good."""
-    x = np.repeat((np.arange(40) + 0.5), 100).astype(np.float32)
-    assert entropy_range(np.append(x, 63.5)) > 40
+    """Of two heaps a range loses nothing, be it that the second is added to the first: both divergences are 0."""
+    x = np.repeat(np.float32([20.5, 40.5]), 100)
+    np.testing.assert_allclose(entropy_range(x), 40.5)  # 41 bins, and no wider than the data
+
+
+def test_no_range_of_entropy_is_wider_than_the_data():
+    """Of these 55 bins the first 50 are the best. With empty ones beyond the data some diverge less, and would win."""
+    once = [2, 4, 6, 11, 12, 15, 16, 19, 20, 21, 25, 27, 28, 29, 31, 41, 42, 44, 45, 46, 47, 48, 49, 55]
+    x = np.float32([*once, *[5] * 3, *[9] * 2, *[14] * 3, *[23] * 2, *[36] * 3]) + 0.5
+    counts = np.bincount(x.astype(int), minlength=64)
+    every = divergences(counts, 16, 8)
+    assert 16 + np.argmin(every[: 56 - 15]) == 50
+    assert every.min() < every[: 56 - 15].min() - 0.01
+    np.testing.assert_allclose(entropy_range(x), 50)
+
+
+def test_an_averaging_constant_of_one_is_the_last_batch():
+    observer = qjax.observers.moving_average_min_max(qjax.QuantSpec(qjax.uint8), averaging_constant=1.0)
+    state = observer.init(0.0)
+    for top in (5.0, 2.0):
+        state = observer.update(state, jnp.array([0.0, top]))
+    assert float(state.max_val) == 2
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
@@ -125,3 +146,36 @@ def test_what_is_infinite_throughout_is_data_all_the_same(value):
     state = observer.update(observer.init(0.0), jnp.full(3, value, jnp.float32))
     assert bool(observer.is_calibrated(state))
     assert float(observer.qparams(state).scale) == np.inf
+
+
+def test_the_bin_of_a_position_is_not_rounded_up(rng):
+    """Just below an edge a float32 quotient may be the whole number above."""
+    width = rng.uniform(0.01, 3, 3000).astype(np.float32)
+    position = np.nextafter((width * rng.integers(1, 250, 3000)).astype(np.float32), np.float32(0))
+    exact = [Fraction(float(p)) // Fraction(float(w)) for p, w in zip(position, width, strict=True)]
+    got = _torch_search._target_bin(jnp.asarray(position), jnp.asarray(width), 256)
+    np.testing.assert_array_equal(got, np.float32(exact))
+    assert np.any(np.floor(position / width) != np.float32(exact))
+
+
+def test_values_on_the_edges_of_bins_are_counted_as_torch_does(rng):
+    """`(x - low) · bins / width` in this order: on an edge, or beside it, any other puts some of them elsewhere."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the oracle of its own histogram")
+    bins, counted_elsewhere = 100, {"divided first": 0, "by a reciprocal": 0}
+    f = np.float32
+    for _ in range(20):
+        low, width = f(rng.uniform(-3, 3)), f(rng.uniform(0.1, 30))
+        high = low + width
+        edges = (low + np.arange(bins + 1, dtype=f) * ((high - low) / f(bins))).astype(f)
+        x = np.concatenate([np.nextafter(edges, f(-99)), edges, np.nextafter(edges, f(99)), [low, high]])
+        x = np.clip(x, low, high)
+        wanted = torch.histc(torch.from_numpy(x), bins, float(low), float(high)).numpy()
+        np.testing.assert_array_equal(_torch_histogram._count(jnp.asarray(x), low, high, bins), wanted)
+        extent = high - low
+        for name, place in (
+            ("divided first", (x - low) / extent * f(bins)),
+            ("by a reciprocal", (x - low) * (f(bins) / extent)),
+        ):
+            counts = np.bincount(np.minimum(place.astype(int), bins - 1), minlength=bins)
+            counted_elsewhere[name] += np.any(counts != wanted)
+    assert min(counted_elsewhere.values()) > 0

@@ -104,6 +104,19 @@ def test_moving_a_histogram_of_fractions(growth, rng):
     assert in_another_order > 10
 
 
+def test_moving_a_histogram_of_one_value(rng):
+    """All goes into the bin that torch.histc finds for it, as one sum in torch's order."""
+    for constant in (0.0, 0.3, -7.0, 1e5):
+        histogram, value = HISTOGRAMS["fractions of all sizes"](rng, 500).astype(np.float32), np.float32(constant)
+        wide = value - np.float32(rng.random()), value + np.float32(rng.random())
+        tensors = [torch.tensor(x) for x in (value, value, *wide)]
+        expected = theirs(histogram, value, value)._combine_histograms(
+            torch.from_numpy(histogram), *tensors[:2], torch.zeros(500), *tensors[2:]
+        )
+        state = _torch_histogram.HistogramState(jnp.asarray(histogram), jnp.asarray(value), jnp.asarray(value))
+        assert_same_bits(_torch_histogram._move(state, *map(jnp.asarray, wide)), expected.numpy())
+
+
 def test_both_ways_to_add_parts_add_them_in_one_order(rng):
     """All bins in parallel where they have few parts, part after part where they have many: forced, here, on the same."""
     bins = 128

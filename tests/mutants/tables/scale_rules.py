@@ -1,0 +1,346 @@
+"""torch's C++ ChooseQuantizationParams, AIMET's step, and the scales of block formats."""
+
+from functools import partial
+
+from tests.mutants.mutant import Mutant
+from tests.mutants.tables.conventions import ids
+
+FILE = "qjax/_scale_rules.py"
+ATEN = ids("test_torch_choose", "test_choose_qparams", "int8-affine-per_tensor-torch_real-torch_aten")
+FBGEMM = ids("test_torch_choose", "test_choose_qparams", "int8-affine-per_tensor-torch_fbgemm")
+SPARSE = ids(
+    "test_torch_choose",
+    "test_choose_qparams",
+    "int4-symmetric-per_tensor-torch_fbgemm",
+    "int8_narrow-symmetric-per_tensor-torch_fbgemm",
+)
+NAN = ids("test_torch_choose", "test_nan_and_infinity")
+MX = ("tests/numerics/test_invariants_floats.py::test_mx_scales",)
+NVFP4 = ("tests/numerics/test_invariants_floats.py::test_nvfp4_has_scales_of_e4m3",)
+FIELDS = "test_convention_fields"
+
+choose = partial(Mutant, file=FILE, within="torch_choose")
+aimet = partial(
+    Mutant, file=FILE, within="aimet_scale", tests=ids("test_formula_conventions", "test_aimet_qparams", "symmetric")
+)
+power = partial(Mutant, file=FILE, within="_power_of_two_scale", kind="scale", tests=MX)
+block = partial(Mutant, file=FILE, within="block_scale", kind="scale", tests=NVFP4)
+
+MUTANTS = (
+    choose(
+        name="torch_choose/scale-in-double",
+        kind="rounding",
+        old='if copy == "fbgemm":\n            scale = single',
+        new="pass",
+        flips="fbgemm rounds the scale to float32 at once → keeps it in float64, as aten does",
+        tests=FBGEMM,
+    ),
+    choose(
+        name="torch_choose/scale-in-single",
+        kind="rounding",
+        old='if copy == "fbgemm":',
+        new="if True:",
+        flips="aten keeps the scale in float64 until the last → rounds it at once",
+        tests=ATEN,
+    ),
+    choose(
+        name="torch_choose/width-in-single",
+        kind="rounding",
+        old="scale = _divide_by(high - low, levels)",
+        new="scale = _divide_by(_single(high - low), levels)",
+        flips="max - min is computed in float64 → in float32",
+        tests=ATEN,
+    ),
+    choose(
+        name="torch_choose/sign-of-aten",
+        kind="zero_point",
+        old='sign = -1.0 if copy == "aten" else 1.0',
+        new="sign = 1.0",
+        flips="aten subtracts |min / scale| from |quant_min| → adds, as fbgemm does",
+        tests=ATEN,
+    ),
+    choose(
+        name="torch_choose/sign-of-fbgemm",
+        kind="zero_point",
+        old='sign = -1.0 if copy == "aten" else 1.0',
+        new="sign = -1.0",
+        flips="fbgemm adds |min / scale| to |quant_min| → subtracts, as aten does",
+        tests=FBGEMM,
+    ),
+    choose(
+        name="torch_choose/from-min",
+        kind="zero_point",
+        old="jnp.where(error_below < error_above, qmin - below, qmax - above)",
+        new="qmin - below",
+        flips="zero_point comes from the end that loses less → from min",
+        tests=(*ATEN, *FBGEMM),
+    ),
+    choose(
+        name="torch_choose/tie-of-errors",
+        kind="zero_point",
+        old="error_below < error_above",
+        new="error_below <= error_above",
+        flips="of ends that lose the same the upper is taken → the lower",
+        tests=ids("test_torch_choose", "test_choose_qparams", "int8_narrow-affine-per_tensor-torch_fbgemm"),
+    ),
+    choose(
+        name="torch_choose/tenth-in-double",
+        kind="special",
+        old='np.float64(0.1) if copy == "aten" else np.float64(np.float32(0.1))',
+        new="np.float64(0.1)",
+        flips="a scale of 0 becomes float32(0.1) in fbgemm → 0.1",
+        tests=FBGEMM,
+        equivalent="the range is no longer than 2^-120 then, so that no zero_point moves; and the scale becomes a float32",
+    ),
+    choose(
+        name="torch_choose/no-tenth",
+        kind="special",
+        old="lost = single <= 2.0**-128",
+        new="lost = single < 0",
+        flips="a scale whose inverse is infinite becomes 0.1 → is stretched like other small ones",
+        tests=ATEN,
+    ),
+    choose(
+        name="torch_choose/inverse-of-2-128",
+        kind="special",
+        old="lost = single <= 2.0**-128",
+        new="lost = single == 0",
+        flips="a scale whose inverse is infinite becomes 0.1 → a scale of 0 alone",
+        tests=(*ATEN, *FBGEMM),
+    ),
+    choose(
+        name="torch_choose/threshold-in-double",
+        kind="eps",
+        old="scale = jnp.where(stretched, np.float64(_SMALL_SCALE), scale)",
+        new="scale = jnp.where(stretched, 6.1e-5, scale)",
+        flips="the smallest scale is float32(6.1e-5) → 6.1e-5, which moves zero_points beside a tie",
+        tests=ATEN,
+    ),
+    choose(
+        name="torch_choose/not-stretched",
+        kind="eps",
+        old="low, high = jnp.where(stretched, longer_low, low), jnp.where(stretched, longer_high, high)",
+        new="pass",
+        flips="a range is stretched along with a scale that is raised → it stays",
+        tests=ATEN,
+    ),
+    choose(
+        name="torch_choose/stretched-by-the-double",
+        kind="eps",
+        old="ratio = _single(divide(jnp.full(scale.shape, _SMALL_SCALE, jnp.float64), single))",
+        new="ratio = divide(jnp.full(scale.shape, _SMALL_SCALE, jnp.float64), single)",
+        flips="the stretch is a float32 → a float64",
+        tests=(*ATEN, *FBGEMM),
+    ),
+    choose(
+        name="torch_choose/sparsity-ignored",
+        kind="zero_point",
+        old="point = jnp.where(two_sided, np.float64((qmin + qmax) / 2), point)",
+        new="pass",
+        flips="a symmetric range of both signs has the middle as zero_point → what its ends give",
+        tests=SPARSE,
+    ),
+    choose(
+        name="torch_choose/sparsity-of-one-sign",
+        kind="zero_point",
+        old="two_sided = (low < 0) & (high > 0)",
+        new="two_sided = (low <= 0) & (high >= 0)",
+        flips="a range that ends at 0 is not made symmetric → it is",
+        tests=SPARSE,
+    ),
+    choose(
+        name="torch_choose/sparsity-by-the-largest-code",
+        kind="scale",
+        old="lowest, highest = -(levels // 2 + 1), levels // 2",
+        new="lowest, highest = -(levels // 2), levels // 2",
+        flips="max(|min| / 128, max / 127) → amax / 127",
+        tests=SPARSE,
+    ),
+    choose(
+        name="torch_choose/sparsity-in-double",
+        kind="rounding",
+        old="jnp.abs(_single(_divide_by(low, lowest))), jnp.abs(_single(_divide_by(high, highest)))",
+        new="jnp.abs(_divide_by(low, lowest)), jnp.abs(_divide_by(high, highest))",
+        flips="the magnitudes of both ends are float32 → float64",
+        tests=SPARSE,
+    ),
+    choose(
+        name="torch_choose/nan-in-the-middle",
+        kind="special",
+        old="jnp.where(jnp.isnan(point), np.float64(qmin), point)",
+        new="jnp.where(jnp.isnan(point), np.float64((qmin + qmax + 1) // 2), point)",
+        flips="an undefined zero_point is quant_min → the middle",
+        tests=NAN,
+    ),
+    Mutant(
+        name="torch_choose/by-a-constant",
+        file=FILE,
+        within="_divide_by",
+        kind="division",
+        old="return divide(x, jnp.full(x.shape, divisor, jnp.float64))",
+        new="return x / divisor",
+        flips="a true division by the levels → one that XLA makes a multiplication",
+        tests=(*FBGEMM, *ATEN, *SPARSE),
+    ),
+    Mutant(
+        name="torch_choose/denormals-flushed",
+        file=FILE,
+        within="_single",
+        kind="special",
+        old="jnp.where(jnp.abs(x) < SMALLEST_NORMAL, round_half_even(x * 2.0**149) * 2.0**-149, _to64(_to32(x)))",
+        new="_to64(_to32(x))",
+        flips="a float32 scale may be denormal → is flushed to 0",
+        tests=(*FBGEMM, *ATEN),
+    ),
+    # AIMET.
+    aimet(
+        name="aimet_scale/halves",
+        kind="scale",
+        old="above, below = steps // 2, steps - steps // 2",
+        new="above, below = steps - steps // 2, steps // 2",
+        flips="of 255 steps 127 lie above zero and 128 below → 128 above and 127 below",
+    ),
+    aimet(
+        name="aimet_scale/three-steps",
+        kind="scale",
+        old="divisor = 2 if steps == 3 else max(above, 1)",
+        new="divisor = max(above, 1)",
+        flips="of 3 steps AIMET divides by 2 → by 1",
+    ),
+    aimet(
+        name="aimet_scale/not-widened",
+        kind="eps",
+        old="smallest, jnp.float32(0))\n",
+        new="jnp.float32(0), jnp.float32(0))\n",
+        flips="a range narrower than the smallest step is widened by it → it is not",
+    ),
+    aimet(
+        name="aimet_scale/smallest-step",
+        kind="eps",
+        old="min(TORCH_EPS, 0.01 / steps) if",
+        new="TORCH_EPS if",
+        flips="the smallest step is 0.01 / steps where that is less than 2^-23 → 2^-23",
+        equivalent="0.01 / steps is more than 2^-23 for as many as 65,535 steps, the most there are",
+    ),
+    aimet(
+        name="aimet_scale/widening-fused",
+        kind="fma",
+        old="pos + unfused(jnp.float32(above) * widened)",
+        new="pos + jnp.float32(above) * widened",
+        flips="the product is rounded before the sum → may be fused",
+        tests=ids(FIELDS, "test_aimet_widens_a_narrow_range_by_a_rounded_product"),
+    ),
+    aimet(
+        name="aimet_scale/affine-not-widened",
+        kind="eps",
+        old="pos + unfused(jnp.float32(steps) * widened)",
+        new="pos",
+        flips="an affine range narrower than the smallest step is widened by it → it is not",
+        tests=ids("test_formula_conventions", "test_aimet_qparams", "affine"),
+    ),
+    aimet(
+        name="aimet_scale/step-at-once",
+        kind="scale",
+        old="jnp.abs(divide(high - low, jnp.float32(steps)))",
+        new="step",
+        flips="the scale is the step of the range of the step → the step itself",
+    ),
+    aimet(
+        name="aimet_scale/overflow",
+        kind="special",
+        old="low, high = jnp.clip(low, -limit, limit), jnp.clip(high, -limit, limit)",
+        new="pass",
+        flips="a range that overflows ends at the largest float → at infinity",
+        tests=ids("test_formula_conventions", "test_aimet_qparams", "affine"),
+    ),
+    # Block formats.
+    power(
+        name="power_of_two/ceil-of-powers",
+        old="(bits & ((1 << _FRACTION_BITS) - 1)) > 0",
+        new="(bits & ((1 << _FRACTION_BITS) - 1)) >= 0",
+        flips="the ceiling of a power of two is itself → the next",
+    ),
+    power(
+        name="power_of_two/even-by-half",
+        old="bits = bits + (1 << (_FRACTION_BITS - mantissa - 1))",
+        new="bits = bits + (1 << (_FRACTION_BITS - 1))",
+        flips="mx_even rounds amax to the mantissa of the format → to a power of two",
+    ),
+    power(
+        name="power_of_two/rceil-as-ceil",
+        old="amax, emax = divide(amax, jnp.float32(number_format.quant_max)), 0",
+        new="pass",
+        flips="mx_rceil divides by the largest number → by its power of two, like mx_ceil",
+    ),
+    power(
+        name="power_of_two/rceil-by-reciprocal",
+        kind="division",
+        old="amax, emax = divide(amax, jnp.float32(number_format.quant_max)), 0",
+        new="amax, emax = amax * jnp.float32(1 / number_format.quant_max), 0",
+        flips="amax / quant_max → amax · (1 / quant_max)",
+        tests=("tests/numerics/test_mx.py::test_rceil_is_the_exact_ceiling",),
+    ),
+    power(
+        name="power_of_two/denormal-scale",
+        kind="clip",
+        old="field = jnp.clip(field - emax, 1, 2 * _BIAS)",
+        new="field = jnp.clip(field - emax, 0, 2 * _BIAS)",
+        flips="the smallest scale is 2^-126 → 0, for 2^-127 is a denormal",
+        tests=("tests/numerics/test_mx.py::test_scales_below_the_smallest_normal_number",),
+    ),
+    power(
+        name="power_of_two/infinite-scale",
+        kind="clip",
+        old="field = jnp.clip(field - emax, 1, 2 * _BIAS)",
+        new="field = jnp.clip(field - emax, 1, 2 * _BIAS + 1)",
+        flips="the largest scale is 2^127 → infinity",
+        tests=ids(FIELDS, "test_the_largest_scale_of_a_block_is_finite"),
+    ),
+    power(
+        name="power_of_two/nan-lost",
+        kind="special",
+        old="return jnp.where(jnp.isnan(amax), jnp.float32(jnp.nan), scale)",
+        new="return scale",
+        flips="a block that holds NaN has a NaN scale → a large one",
+        tests=ids(FIELDS, "test_a_nan_spoils_its_block_and_no_other"),
+    ),
+    Mutant(
+        name="max_exponent/of-quant-max",
+        file=FILE,
+        within="_max_exponent",
+        kind="scale",
+        old="emax = number_format.quant_max.bit_length() - 1",
+        new="emax = number_format.quant_max.bit_length()",
+        flips="emax of int8 is 6, the exponent of 127 → 7",
+        tests=MX,
+    ),
+    block(
+        name="nvfp4/largest-scale",
+        old="limit = jnp.float32(e4m3.quant_max) * largest",
+        new="limit = jnp.float32(256.0) * largest",
+        flips="the largest block scale is 448 → 256",
+    ),
+    block(
+        name="nvfp4/one-division",
+        kind="rounding",
+        old="wanted = divide(wanted, tensor_scale)",
+        new="wanted = divide(amax, largest * tensor_scale)",
+        flips="(amax / 6) / tensor_scale → amax / (6 · tensor_scale)",
+        tests=("tests/numerics/test_nvfp4.py",),
+    ),
+    block(
+        name="nvfp4/zeros",
+        kind="special",
+        old="jnp.where(tensor_scale == 0, jnp.float32(1), tensor_scale)",
+        new="tensor_scale",
+        flips="a tensor of zeros has tensor_scale 1 → 0, and 0 / 0 for a scale",
+        tests=ids(FIELDS, "test_a_tensor_of_zeros_in_nvfp4"),
+    ),
+    block(
+        name="nvfp4/smallest-scale",
+        kind="clip",
+        old="code_of(jnp.maximum(wanted, jnp.float32(_E4M3_SMALLEST)), e4m3)",
+        new="code_of(wanted, e4m3)",
+        flips="the smallest scale is the smallest normal number of E4M3 → a subnormal one, or 0",
+    ),
+)
