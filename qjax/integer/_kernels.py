@@ -31,7 +31,11 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor) -> jax.Array:
     Returns:
       int32 array of the shape of the op's result.
     """
-    if rhs.spec.has_zero_point or not isinstance(lhs.spec.granularity, PerTensor) or (isinstance(op, Dot) and op.batch[0]):
+    if (
+        rhs.spec.has_zero_point
+        or not isinstance(lhs.spec.granularity, PerTensor)
+        or (isinstance(op, Dot) and op.batch[0])
+    ):
         return op(_shifted(lhs), _shifted(rhs), jnp.int32)
     centre = 128 if lhs.spec.format.quant_max > 127 else 0  # all else fits int8 as it is
     centred = (lhs.codes.astype(jnp.int16) - centre).astype(jnp.int8)
