@@ -84,7 +84,7 @@ MUTANTS = (
         within="quantize_with_mask",
         kind="mask",
         old="in_range = (scaled >= spec.quant_min) & (scaled <= spec.quant_max)",
-        new="pass",
+        new="in_range = jnp.ones(x.shape, bool)",
         flips="a float beyond the largest number gets no gradient → a float masked before rounding has no mask at all",
         tests=ids(FIELDS, "test_the_mask_before_rounding_of_floats"),
     ),

@@ -50,10 +50,10 @@ MUTANTS = (
         tests=(f"{STEPS}::test_shares_are_the_same_eager_and_jitted",),
     ),
     double(
-        name="float64/sum-from-left-to-right",
+        name="float64/last-doubling",
         within="sums_before",
         old="x = x + jnp.pad(x[..., : size - reach], [*others, (reach, 0)])",
-        new="x = x + jnp.pad(x[..., : size - reach], [*others, (reach, 0)]) * (reach < size // 2)",
+        new="x = x + jnp.pad(x[..., : size - reach], [*others, (reach, 0)]) if 2 * reach < size else x",
         flips="running sums are built by doubling → the last doubling is left out",
         tests=(f"{STEPS}::test_running_sums",),
     ),
