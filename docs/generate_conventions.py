@@ -24,6 +24,10 @@ and two that disagree give other codes on ties, on infinities or by a rounding o
 is a field of the spec, `QuantSpec(qjax.int8, convention="torch_real")`, and the default is torch's fake-quant. Each row
 gives the library's codes bit for bit, on ties, their neighbours, infinities and NaN, but for what "To be known" says.
 
+Tests compare with the libraries themselves; AIMET and ModelOpt with their formulas, which were run against AIMET 2.42 and
+ModelOpt 0.47 once. Codes of floats are the nearest number to `x · (1/s)`, but to `x / s` by the conventions that divide and
+by torchao, and to `x · ((1/amax) · quant_max)` by modelopt.
+
 This page is generated from the table in `qjax/_conventions.py` by `make docs`; a test compares.
 """
 GRANULARITIES: dict[str, Granularity] = {

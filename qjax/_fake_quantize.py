@@ -27,7 +27,8 @@ def fake_quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.A
     The two differ for x within half a step outside the range. No gradient flows into scale or zero_point.
 
     Args:
-      x: float32, bfloat16 or float16, any shape. bfloat16 and float16 are computed in float32 and cast back.
+      x: float32, bfloat16 or float16, any shape. computed in float32 but for the rounding that `qjax.quantize` names, then
+        cast back.
       qparams: Scale and zero_point of shape `()`, or `(x.shape[axis],)` for a per-channel spec, and so on.
       spec: The format, granularity and convention; what becomes of NaN and infinities is in `qjax.quantize`.
       key: A random key, for the stochastic rounding modes and for them alone.
@@ -37,7 +38,8 @@ def fake_quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.A
 
     Raises:
       TypeError: x is not floating point, or zero_point is not integer.
-      ValueError: Wrong shape, axis out of range, scale not positive, or zero_point outside the range.
+      ValueError: Wrong shape, axis out of range, scale not positive, or zero_point outside the range; a key is missing, or not
+        wanted.
 
     Examples:
       >>> import jax, jax.numpy as jnp, qjax

@@ -132,7 +132,7 @@ class Float:
       saturate: Whether what is too large becomes the largest number.
 
     Raises:
-      TypeError: signed or saturate is not a bool.
+      TypeError: signed or saturate is not a bool, or bias not an int.
       ValueError: A width out of range, or a combination that has no numbers.
 
     Examples:

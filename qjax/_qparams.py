@@ -69,7 +69,7 @@ def choose_qparams(min_val: ArrayLike, max_val: ArrayLike, spec: QuantSpec) -> Q
     | "torch_fbgemm" | FBGEMM's, and max(-min/128, max/127) when symmetric     | torch, fused fake-quant; affine, too  |
     | "mx_floor"     | 2^(floor(log2 amax) - emax)                              | OCP MX 1.0                            |
     | "mx_ceil"      | 2^(ceil(log2 amax) - emax)                               | torchao MX                            |
-    | "mx_even"      | 2^floor(log2 of amax rounded to the mantissa) - emax)    | torchao MX                            |
+    | "mx_even"      | 2^(floor(log2 of amax rounded to mantissa) - emax)    | torchao MX                            |
     | "mx_rceil"     | 2^ceil(log2(amax / quant_max))                           | NVIDIA MX, torchao                    |
     | "e4m3"         | E4M3(amax / quant_max)                                   | NVFP4 with one level                  |
     | "nvfp4"        | E4M3(amax / quant_max / tensor_scale),                   | NVFP4                                 |
@@ -95,7 +95,8 @@ def choose_qparams(min_val: ArrayLike, max_val: ArrayLike, spec: QuantSpec) -> Q
       spec: The format and the scheme.
 
     Returns:
-      QParams of float32 scale and int32 zero_point, with the shape of `min_val`.
+      QParams with the shape of `min_val`: scale (float32 unless said above) and zero_point (int32, float32 with
+      float_zero_point).
 
     Raises:
       ValueError: The shapes differ, do not fit the granularity, or some `min_val` exceeds its `max_val` (checked when

@@ -91,7 +91,8 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.Array 
     | torch_decomposed, tensor, channel  | clamp(rint(x · inv) + z)                             | 0       | highest | lowest |
     | torch_decomposed, token, group     | clamp(rint(x · inv + z))                             | 0       | highest | lowest |
     | torchao                            | clamp(rint(x · inv) + z); floats: clamp(x / s)       | 0       | highest | lowest |
-    | onnx, aimet                        | clamp(rint(x / s) + z)                               | 0       | highest | lowest |
+    | onnx                               | clamp(rint(x / s) + z)                               | lowest  | highest | lowest |
+    | aimet                              | clamp(rint(x / s) + z)                               | 0       | highest | lowest |
     | brevitas                           | clamp(rint(x / s + z))                               | 0       | highest | lowest |
     | modelopt                           | clamp(rint(x · (quant_max / amax)))                  | 0       | highest | lowest |
     | compressed_tensors                 | rint(clamp(x / s + z))                               | 0       | highest | lowest |

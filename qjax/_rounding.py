@@ -43,7 +43,10 @@ def random_bits(key: jax.Array | None, shape: tuple[int, ...], rounding: Roundin
             f"{caller}: rounding {rounding!r} needs a key. Pass key=jax.random.key(0), a new one for each call."
         )
     dtype = jnp.uint8 if rounding == "stochastic_8bit" else jnp.uint32
-    return jax.random.bits(key, shape, dtype)
+    try:
+        return jax.random.bits(key, shape, dtype)
+    except TypeError as error:
+        raise TypeError(f"{caller}: key must be a JAX key such as jax.random.key(0), got {key!r}.") from error
 
 
 def round_real(x: jax.Array, rounding: Rounding = "nearest_even", bits: jax.Array | None = None) -> jax.Array:

@@ -147,6 +147,18 @@ class QuantSpec:
             raise ValueError(
                 f"QuantSpec: scale_rule={rule!r} is for floats and integers, not for {self.format}. Drop it."
             )
+        if rule in (*POWER_OF_TWO_RULES, *E4M3_RULES) and isinstance(self.format, Int) and not self.format.signed:
+            raise ValueError(
+                f"QuantSpec: scale_rule={rule!r} is for signed formats, not for {self.format}. Use qjax.int8."
+            )
+        if (
+            self.symmetric
+            and self.quant_max == 0
+            and rule not in ("half_range", "min_code", "torch_aten", "torch_fbgemm")
+        ):
+            raise ValueError(
+                f"QuantSpec: scale_rule={rule!r} divides by the largest code, which is 0 for {self}. Use 'half_range'."
+            )
         if rule in ("min_code", "no_clipping") and self.symmetric and not self.quant_min < 0:
             raise ValueError(
                 f"QuantSpec: scale_rule={rule!r} divides by the smallest code, which is {self.quant_min} for {self.format}. "
