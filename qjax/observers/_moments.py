@@ -37,9 +37,10 @@ class Moments(NamedTuple):
     def below(self, points: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The number and the sum of the values below each of the points `(*statistic, m)`."""
         density, bins = self.density, self.density.counts.shape[-1]
-        index = jnp.clip(jnp.floor(points) + bins // 2, 0, bins - 1)
-        index = lax.convert_element_type(index, jnp.int32)
-        left, right = pick(density.left, index), pick(density.right, index)
+        place = jnp.clip(jnp.floor(points), -(bins // 2), bins // 2 - 1)
+        index = lax.convert_element_type(place + bins // 2, jnp.int32)
+        low, high = density.left[..., :1], density.right[..., -1:]
+        left, right = jnp.clip(place, low, high), jnp.clip(place + 1, low, high)
         extent = right - left
         inside = jnp.clip(divide(points - left, jnp.where(extent > 0, extent, 1.0)), 0, 1)
         part = jnp.where(extent > 0, inside, float64(points > left))

@@ -23,6 +23,7 @@ from tests.numerics.stress import DTYPES, SCALES, assert_same_bits, format_id, s
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
 #: The dtype of x, and that of scale.
 DTYPE_PAIRS = [(FLOAT32, FLOAT32), *((x, s) for x in DTYPES[1:] for s in (x, FLOAT32))]
+EAGER = DTYPE_PAIRS[:2]  # what is tried eagerly, too: float16 compiles for long
 JIT, BOTH = ("jit",), ("jit", "eager")
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -41,6 +42,17 @@ def with_dtypes(values: Iterable[Any], *few: Any) -> Any:
             name = f"{pair_id(dtypes)}-{format_id(value)}"
             params.append(pytest.param(dtypes, value, id=name, marks=() if short else pytest.mark.long))
     return params
+
+
+def with_dtype(names: Iterable[str], dtypes: Iterable[np.dtype], *few: str) -> Any:
+    """Parameters: a name and a dtype. But for float32 and for a few names they are long."""
+    return [
+        pytest.param(
+            name, dtype, id=f"{name}-{dtype}", marks=() if name in few or dtype == FLOAT32 else pytest.mark.long
+        )
+        for name in names
+        for dtype in dtypes
+    ]
 
 
 def ways_for(number_format: qjax.Int, dtype: np.dtype) -> tuple[str, ...]:

@@ -83,14 +83,13 @@ def exact_ceil_byte(amax, largest):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize(("name", "dtype"), pc.with_dtype(ELEMENTS, DTYPES[:2], "float8_e4m3fn", "float4_e2m1fn"))
 def test_torchao(name, dtype, mode, rng):
     pytest.importorskip("torchao", reason="torchao is the oracle of its own scale rules")
     form = ELEMENTS[name]
     calls = call_of(form, MODES[mode], pc.BOTH if (name, mode) == EAGER and dtype == pc.FLOAT32 else pc.JIT)
     compared = 0
-    for x in (odd_blocks(dtype), blocks(form, rng, dtype, 320)):
+    for x, ways in ((odd_blocks(dtype), calls), (blocks(form, rng, dtype, 440), calls[:1])):
         scale, codes, real = peer.torchao_to_mx(x, name, mode)
         scale, codes = scale.view(np.uint8), codes.view(np.uint8)
         amax, same = amax_of(x), np.ones(scale.shape, bool)
@@ -102,13 +101,13 @@ def test_torchao(name, dtype, mode, rng):
         reals = np.repeat(same, BLOCK, -1)
         with np.errstate(invalid="ignore"):
             real = np.where(np.abs(real.astype(np.float32)) < 2.0**-126, dtype.type(0), real)  # XLA flushes
-        for call in calls:
+        for call in ways:
             got = list(map(np.asarray, call(x, amax)))
             assert_same_bits(byte_of(got[0])[same], scale[same], "scale", amax[same])
             compared += assert_same_bits(got[1][elements], codes[elements], "codes", x[elements])
             for y in got[2:]:
                 assert_same_bits(pc.positive_zero(y)[reals], pc.positive_zero(real)[reals], "reals", x[reals])
-    assert compared > 30_000  # of forty: more than 1.2 · 10^6
+    assert compared > 40_000  # of twenty-eight: more than 1.1 · 10^6
 
 
 @pytest.mark.parametrize("form", [*ELEMENTS.values(), qjax.int8], ids=format_id)

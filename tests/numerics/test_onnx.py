@@ -105,8 +105,8 @@ def test_float8(name, saturate, rng):
     form = qjax.Float(exponent, mantissa, special=special, saturate=saturate)
     spec = qjax.QuantSpec(form, convention="onnx", granularity=qjax.PerChannel(0))
     call, compared = pc.calls_of(spec)["jit"], 0
-    for dtype, scale_dtype in pc.DTYPE_PAIRS:
-        x = pc.float_rows(form, rng, dtype, (600, 64))
+    for dtype, scale_dtype in pc.DTYPE_PAIRS[::2] if saturate else pc.DTYPE_PAIRS[:2]:
+        x = pc.float_rows(form, rng, dtype, (1000, 64))
         odd = [np.nan, np.inf, -np.inf, 0, -0.0, 1e-38, -3e38, 500, -6e4]
         x[:, 1] = pc.cast(rng.choice(odd, len(x)), dtype)
         scale = pc.cast(x[:, 0].astype(np.float32) / form.quant_max, scale_dtype)
@@ -119,7 +119,7 @@ def test_float8(name, saturate, rng):
         assert np.all(pc.is_nan(np.asarray(qjax_value(got, form))[nan]))
         compared += assert_same_bits(np.asarray(got)[~nan], codes.view(np.uint8)[~nan], f"codes {dtype}", x[~nan])
         assert_same_bits(real, pc.cast(y, dtype), f"reals {dtype}", x)
-    assert compared > 150_000  # of eight: more than 10^6
+    assert compared > 120_000  # of eight: more than 10^6
 
 
 def qjax_value(codes, form):
