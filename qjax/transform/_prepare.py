@@ -145,6 +145,23 @@ class Prepared:
 
         Printed it fits 80 columns, and a notebook and `rich` show tables of their own; for programs it is a sequence of
         `OpInfo`. Below the rows it says what each spec is, and why what was left in float was.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, qjax
+          >>> def fn(params, x):
+          ...     return jax.nn.relu(x @ params["fc1"]["w"]) @ params["head"]["w"]
+          >>> params = {name: {"w": jnp.eye(4)} for name in ("fc1", "head")}
+          >>> prepared = qjax.prepare(fn, qjax.recipes.w4a16(group_size=4) + [qjax.Rule("head")])
+          >>> print(prepared.ops(params, jnp.ones((2, 4))))
+          op    kind  operands      input  weight  output  compute
+          ────  ────  ────────────  ─────  ──────  ──────  ───────────
+          fc1   dot   2x4 · 4x4(w)  float  int4    float   dequantized
+          head  dot   2x4 · 4x4(w)  float  float   float   float
+          <BLANKLINE>
+          int4  int4 symmetric per_group(contracted,4) compressed_tensors, dynamic
+          <BLANKLINE>
+          left in float
+            head: the rule 'head' leaves input and weight in float
         """
         return op_table(self.trace(*args), self.recipe, self._abstract(args))
 
