@@ -35,6 +35,11 @@ LAYOUTS = {
     "heads in": (lambda p, x: jnp.einsum("bhd,hde->be", x, p["op"]["w"]), (3, 2, 4), (2, 4, 5), (2,), 1),
     "experts": (lambda p, x: jnp.einsum("bi,nio->nbo", x, p["op"]["w"]), (3, 8), (2, 8, 5), (0, 2), 1),
     "batched": (lambda p, x: jnp.einsum("nbi,nio->nbo", x, p["op"]["w"]), (2, 3, 8), (2, 8, 5), (0, 2), 1),
+    # the batch axis of the weight lies behind its output channels, and comes before them in the result
+    "batched behind": (
+        lambda p, x: lax.dot_general(x, p["op"]["w"], (((2,), (2,)), ((0,), (1,)))),
+        *((2, 3, 8), (5, 2, 8), (0, 1), 2),
+    ),
     "HWIO": (conv(("NHWC", "HWIO", "NHWC")), (2, 4, 4, 8), (3, 3, 8, 5), (3,), 2),
     "OIHW": (conv(("NCHW", "OIHW", "NCHW")), (2, 8, 4, 4), (5, 8, 3, 3), (0,), 1),
     "grouped": (conv(("NHWC", "HWIO", "NHWC"), feature_group_count=2), (2, 4, 4, 8), (3, 3, 4, 6), (3,), 2),
