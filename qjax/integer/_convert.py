@@ -67,7 +67,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
         )
     whole = _with_params(prepared, params, args)
     traced = prepared.trace(*whole)
-    shapes = Interpreter(Plan(prepared.recipe, "init", "codes"), {})
+    shapes = Interpreter(Plan(prepared.recipe.bind(traced), "init", "codes"), {})
     shapes.run_abstractly(traced.graph, Prepared.array_leaves(whole))
     for missing in shapes.observed.keys() - qvars.state.keys():
         raise ValueError(
@@ -82,7 +82,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
 
     @jax.jit  # one compilation, where eagerly each small operation would be compiled by itself
     def collect(parameters: list[jax.Array], state: dict[str, Any]) -> tuple[Any, Any, Any]:
-        collector = _Collector(Plan(prepared.recipe, "eval", "codes"), state)
+        collector = _Collector(Plan(prepared.recipe.bind(traced), "eval", "codes"), state)
         absent = [ABSENT] * len(leaves)
         collector.run(traced.graph, [*absent[:start], *parameters, *absent[start + count :]])
         qparams = {key: observer.qparams(state[key]) for key, observer in observers.items()}
@@ -145,8 +145,7 @@ class _Collector(IntegerInterpreter):
         self.biases: dict[str, jax.Array] = {}
 
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
-        rule = self._plan.recipe.rule_for(op.name)
-        observer = None if rule is None else rule.weight_observer
+        observer = None if op.weight is None else self._plan.recipe.observer(op, op.weight)
         if op.weight is not None and observer is not None:
             self.weights[op.name] = self._codes(f"{op.name}/weight", observer, to_real(values[op.weight]))
         return ABSENT

@@ -152,6 +152,8 @@ class IntegerProgram:
         count = len(Prepared.array_leaves([self._params_shape]))
         leaves = Prepared.array_leaves(whole)
         leaves[start : start + count] = [self._floats.get(i, ABSENT) for i in range(count)]
-        interpreter = IntegerInterpreter(Plan(self._prepared.recipe, "eval", "codes"), self.weights, self.points)
+        interpreter = IntegerInterpreter(
+            Plan(self._prepared.recipe.bind(traced), "eval", "codes"), self.weights, self.points
+        )
         outputs = [to_real(value) for value in interpreter.run(traced.graph, leaves)]
         return jax.tree.unflatten(traced.out_tree, outputs), interpreter.codes

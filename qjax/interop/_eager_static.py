@@ -233,9 +233,9 @@ def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
     """Transpose a weight so that its output axis comes first, the channel axis with it."""
     codes = np.ascontiguousarray(np.asarray(op.weight.codes).transpose(order))
     spec = op.weight.spec
-    if isinstance(spec.granularity, PerChannel) and len(spec.granularity.axes) == 1:
-        axis = order.index(spec.granularity.axes[0] % op.weight.codes.ndim)
-        if axis != 0:
+    if isinstance(spec.granularity, PerChannel):
+        axes = [order.index(axis % op.weight.codes.ndim) for axis in spec.granularity.axes]
+        if axes != [0]:
             raise ValueError(
                 f"eager_static: the weight of {op.name} is quantized {spec.granularity}; torch wants one scale for each "
                 f"output, which is PerChannel({order[0] - len(order)}) here."

@@ -18,7 +18,7 @@ from qjax.observers import Observer
 from qjax.transform import _jaxpr
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, unit_of
-from qjax.transform._recipe import Recipe
+from qjax.transform._recipe import BoundRecipe
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
 from qjax.transform._values import Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
 
@@ -30,7 +30,7 @@ Compute = Literal["codes", "dequantized"]
 class Plan:
     """What stays the same over one call: who is quantized how, and in which mode."""
 
-    recipe: Recipe
+    recipe: BoundRecipe
     mode: Mode
     compute: Compute
 
@@ -76,7 +76,7 @@ class Interpreter:
         ends = {epilogue.end: name for name, epilogue in graph.epilogues.items()}
         if self._plan.mode == "eval":  # the deployed kernel rounds right after the op; so that its codes are predicted
             quantizers = static_quantizers(graph, self._plan.recipe)
-            rounded = {name for name in graph.epilogues if self._observer(name, "output") is not None}
+            rounded = {name for name in graph.epilogues if self._output_observer(name) is not None}
             early = early_quantizers(graph, quantizers, rounded)
             self._early.update({end: (key, quantizers[key]) for end, key in early.items()})
 
@@ -108,9 +108,9 @@ class Interpreter:
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
-    def _observer(self, name: str, role: str) -> Observer | None:
+    def _output_observer(self, name: str) -> Observer | None:
         rule = self._plan.recipe.rule_for(name)
-        return None if rule is None else rule.observer(role)
+        return None if rule is None else rule.output_observer
 
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
         operands = [self._operand(op, i, value) for i, value in enumerate(values)]
@@ -132,7 +132,7 @@ class Interpreter:
 
     def _operand(self, op: Op, index: int, value: Value) -> Value:
         role = operand_role(op, index)
-        observer = self._observer(op.name, role)
+        observer = self._plan.recipe.observer(op, index)
         if isinstance(value, Quantized):
             result: Value = value
             if observer is not None and self._plan.mode == "init":
@@ -149,7 +149,7 @@ class Interpreter:
     def _output(self, name: str, value_id: int, value: Value) -> Value:
         if value_id in self._early:
             return self._quantize(*self._early[value_id], value)
-        observer = self._observer(name, "output")
+        observer = self._output_observer(name)
         if observer is None:
             return value
         result = self._quantize(f"{name}/output", observer, value)
@@ -282,7 +282,7 @@ def _shape(real: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(real.shape, real.dtype)
 
 
-def static_quantizers(graph: Graph, recipe: Recipe) -> dict[str, Observer]:
+def static_quantizers(graph: Graph, recipe: BoundRecipe) -> dict[str, Observer]:
     """The activation quantizers of the graph's own ops that have one frozen range for the tensor, by `"op/role"`."""
     found: dict[str, Observer] = {}
     for node in graph.nodes:

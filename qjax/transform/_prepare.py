@@ -141,7 +141,28 @@ class Prepared:
         return self._evaluate(qvars, args, "eval")[2]
 
     def ops(self, *args: Any) -> OpTable:
-        """Return the table of the ops of fn: what each is called, is, and what the recipe makes of it; shapes only matter."""
+        """Return the table of the ops of fn: what each is called, is, and what the recipe makes of it; shapes only matter.
+
+        Printed it fits 80 columns, and a notebook and `rich` show tables of their own; for programs it is a sequence of
+        `OpInfo`. Below the rows it says what each spec is, and why what was left in float was.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, qjax
+          >>> def fn(params, x):
+          ...     return jax.nn.relu(x @ params["fc1"]["w"]) @ params["head"]["w"]
+          >>> params = {name: {"w": jnp.eye(4)} for name in ("fc1", "head")}
+          >>> prepared = qjax.prepare(fn, qjax.recipes.w4a16(group_size=4) + [qjax.Rule("head")])
+          >>> print(prepared.ops(params, jnp.ones((2, 4))))
+          op    kind  operands      input  weight  output  compute
+          ────  ────  ────────────  ─────  ──────  ──────  ───────────
+          fc1   dot   2x4 · 4x4(w)  float  int4    float   dequantized
+          head  dot   2x4 · 4x4(w)  float  float   float   float
+          <BLANKLINE>
+          int4  int4 symmetric per_group(contracted,4) compressed_tensors, dynamic
+          <BLANKLINE>
+          left in float
+            head: the rule 'head' leaves input and weight in float
+        """
         return op_table(self.trace(*args), self.recipe, self._abstract(args))
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -166,7 +187,7 @@ class Prepared:
             return self.fn(*jax.tree.unflatten(in_tree, whole))
 
         traced = trace(call, self.params_argnum, dynamic)
-        self.recipe.check([op.name for op in traced.graph.ops()], traced.unquantized)
+        self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
         return traced
 
     @staticmethod
@@ -179,7 +200,7 @@ class Prepared:
 
     def _abstract(self, args: Sequence[Any]) -> Interpreter:
         traced = self.trace(*args)
-        interpreter = Interpreter(Plan(self.recipe, "init", self.compute), {})
+        interpreter = Interpreter(Plan(self.recipe.bind(traced), "init", self.compute), {})
         interpreter.run_abstractly(traced.graph, self.array_leaves(args))
         return interpreter
 
@@ -196,7 +217,7 @@ class Prepared:
                 "Call prepared(qvars, params, x)."
             )
         traced = self.trace(*args)
-        interpreter = Interpreter(Plan(self.recipe, cast(Mode, mode), self.compute), qvars.state)
+        interpreter = Interpreter(Plan(self.recipe.bind(traced), cast(Mode, mode), self.compute), qvars.state)
         outputs = interpreter.run(traced.graph, self.array_leaves(args))
         if mode == "eval":
             self.signature = shapes_of(tuple(args))
