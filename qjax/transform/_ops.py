@@ -29,6 +29,7 @@ class OpInfo:
     compute: str  # "codes", "dequantized" or "float"
     epilogue: str  # what belongs to its output: "", "bias", "relu" or "bias, relu"
     why: str  # why it was left in float, where it cannot be quantized
+    steps: tuple[int, ...] = ()  # lengths of the scans whose every step has quantizers of its own, outermost first
 
 
 class OpTable(Sequence[OpInfo]):
@@ -58,6 +59,8 @@ class OpTable(Sequence[OpInfo]):
         for op in self._ops:
             if op.quantizers:
                 lines.append(f"{op.name}: " + "; ".join(f"{role} {spec}" for role, spec in op.quantizers.items()))
+            if op.steps:
+                lines.append(f"{op.name}: quantizers for each of {' x '.join(map(str, op.steps))} steps of a scan")
             if op.why:
                 lines.append(f"{op.name}: left in float: {op.why}")
         return "\n".join(lines)
@@ -81,7 +84,7 @@ def _row(op: OpInfo) -> tuple[str, ...]:
 def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable:
     """Put together what tracing, the recipe and an abstract evaluation know of each op."""
     rows: list[OpInfo] = []
-    epilogues = _epilogues(traced)
+    epilogues, steps = _epilogues(traced), traced.graph.steps()
     for op in traced.graph.ops():
         rule = recipe.rule_for(op.name)
         quantizers: dict[str, str] = {}
@@ -110,6 +113,7 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
                 compute=interpreter.computed[op.name],
                 epilogue=epilogues.get(op.name, ""),
                 why="",
+                steps=steps[op.name],
             )
         )
     for name, kind, why in traced.unquantized:
@@ -119,11 +123,8 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
 
 def _epilogues(traced: Trace) -> dict[str, str]:
     found: dict[str, str] = {}
-    graphs = [traced.graph]
-    while graphs:
-        graph = graphs.pop()
+    for graph in traced.graph.all():
         for name, epilogue in graph.epilogues.items():
             words = ["bias"] * (epilogue.bias is not None) + ["relu"] * epilogue.relu
             found[name] = ", ".join(words)
-        graphs.extend(node.body for node in graph.nodes if node.body is not None)
     return found
