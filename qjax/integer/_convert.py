@@ -157,8 +157,10 @@ def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
             operands = [value for i, value in enumerate(operands) if i != node.op.weight]
         elif node.bodies:
             inside = list(node.calls(operands))
-            called = {value for _, values in inside for value in values}
-            operands = [value for value in operands if value not in called]  # which branch to take
+            called = {value for _, values in inside for value in values if isinstance(value, int)}
+            operands = [
+                value for value in operands if isinstance(value, int) and value not in called
+            ]  # of a cond, the index
             for body, values in inside:
                 inner = _needed_inputs(body, stored)
                 operands += [value for value, input in zip(values, body.inputs, strict=True) if input in inner]

@@ -238,12 +238,13 @@ class Interpreter:
         names = {op.name for op in node.ops()}
         states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names}
         outcome = _calls.evaluate(
-            node, values, states, self._run_body, observes=self._plan.mode in ("calibrate", "train")
+            node, values, states, self._body_runner(), observes=self._plan.mode in ("calibrate", "train")
         )
         self.updates.update(outcome.updates)
         self.codes.update(outcome.codes)
         if self._never_runs(node):  # then its quantizers need not have seen anything
-            self.observed = {key: seen for key, seen in self.observed.items() if _calls.op_of(key) not in names}
+            for key in [key for key in self.observed if _calls.op_of(key) in names]:
+                del self.observed[key]
         return outcome.results
 
     def _never_runs(self, node: Node) -> bool:
@@ -251,15 +252,22 @@ class Interpreter:
             return False
         return _jaxpr.scan(node.eqn).length == 0
 
-    def _run_body(self, body: Graph, values: Sequence[Value], state: Mapping[str, Any]) -> Outcome:
-        inner = type(self)(self._plan, state)
-        results = inner.run(body, values)
-        # These hold no arrays, so they may leave the call by the side.
-        self.inputs.update(inner.inputs)
-        self.computed.update(inner.computed)
-        self.observed.update(inner.observed)
-        self.spare.update(inner.spare)
-        return Outcome(results, inner.updates, inner.codes)
+    def _body_runner(self) -> _calls.Run:
+        # JAX keeps the functions that derivative rules are made of as long as the trace. So this one holds no interpreter,
+        # which has arrays, but only what has none and may leave the call by the side.
+        kind, plan, asides = type(self), self._plan, self._asides()
+
+        def run(body: Graph, values: Sequence[Value], state: Mapping[str, Any]) -> Outcome:
+            inner = kind(plan, state)
+            results = inner.run(body, values)
+            for aside, new in zip(asides, inner._asides(), strict=True):
+                aside.update(new)
+            return Outcome(results, inner.updates, inner.codes)
+
+        return run
+
+    def _asides(self) -> tuple[dict[str, Any], ...]:
+        return self.inputs, self.computed, self.observed, self.spare
 
 
 def _shape(real: Any) -> jax.ShapeDtypeStruct:

@@ -15,6 +15,7 @@ from qjax.transform._contraction import Contraction
 from qjax.transform._weights import Known, Path, into_bodies, only_moves, through
 
 _OPS = frozenset({"dot_general", "conv_general_dilated"})
+_BECAUSE = {"shard_map": ": each shard would see statistics of its own"}
 _SHORT_KIND = {"dot_general": "dot", "conv_general_dilated": "conv"}
 #: Calls of something that is no jaxpr: nothing is known of what they compute.
 _OPAQUE = frozenset({"ffi_call", "io_callback", "pallas_call", "pure_callback"})
@@ -322,7 +323,7 @@ def _left_alone(eqn: Any) -> Iterator[tuple[tuple[str, ...], str, str]]:
         for inner_eqn in inner.eqns:
             if inner_eqn.primitive.name in _OPS:
                 kind = _SHORT_KIND[inner_eqn.primitive.name]
-                yield (name, kind), kind, f"inside {name}, which is not rewritten"
+                yield (name, kind), kind, f"inside {name}, which is not rewritten{_BECAUSE.get(name, '')}"
             else:
                 for parts, kind, why in _left_alone(inner_eqn):
                     yield (name, *parts), kind, why
