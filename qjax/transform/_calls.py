@@ -5,6 +5,7 @@ The state of an op is sliced by the scans that have a layer for each step, and c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,9 @@ class Outcome(NamedTuple):
 Run = Callable[[Graph, Sequence[Value], States], Outcome]
 
 
-def evaluate(node: Node, values: Sequence[Value], states: States, run: Run, *, observes: bool) -> Outcome:
+def evaluate(
+    node: Node, values: Sequence[Value], states: States, run: Run, *, observes: bool, keeps_codes: bool
+) -> Outcome:
     """Evaluate a call.
 
     Args:
@@ -39,7 +42,8 @@ def evaluate(node: Node, values: Sequence[Value], states: States, run: Run, *, o
       values: Its operands.
       states: What the quantizers of its ops know, by quantizer, laid out as in `QuantVars`.
       run: Evaluates a body on operands and states.
-      observes: Whether states are updated; else `updates` is empty.
+      observes: Whether states are updated; if not, `updates` is of no use.
+      keeps_codes: Whether `run` gives codes, so that a body which does not run needs something in their place.
     """
     kind = _jaxpr.call_kind(node.eqn)
     with _jaxpr.context(node.eqn):
@@ -47,9 +51,9 @@ def evaluate(node: Node, values: Sequence[Value], states: States, run: Run, *, o
             case "scan":
                 return _scan(node, values, states, run, observes)
             case "cond":
-                return _cond(node, values, states, run, observes)
+                return _cond(node, values, states, run, observes, keeps_codes)
             case "while":
-                return _while(node, values, states, run, observes)
+                return _while(node, values, states, run, observes, keeps_codes)
             case "custom_jvp":
                 return _custom_jvp(node, values, states, run)
             case "custom_vjp":
@@ -128,7 +132,7 @@ def first_slice(stacked: jax.Array) -> jax.Array:
     return stacked[0] if stacked.shape[0] else jnp.zeros(stacked.shape[1:], stacked.dtype)
 
 
-def _cond(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool) -> Outcome:
+def _cond(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool, keeps_codes: bool) -> Outcome:
     """Every branch gives out the states of all branches; only those of its own ops are new."""
     called = list(node.calls(values))
 
@@ -136,53 +140,59 @@ def _cond(node: Node, values: Sequence[Value], states: States, run: Run, observe
         outcome = run(body, operands, states)
         return Outcome(_reals(outcome), _updated(states, outcome) if observes else {}, outcome.codes)
 
-    empty = _no_codes([lambda call=call: everything(*call).codes for call in called])
+    empty = _no_codes([lambda call=call: everything(*call).codes for call in called]) if keeps_codes else {}
 
     def branch(body: Graph, operands: Sequence[Value]) -> Callable[[], tuple[Any, ...]]:
         def call() -> tuple[Any, ...]:
             outcome = everything(body, operands)
-            return outcome.results, outcome.updates, {**empty(), **outcome.codes}
+            return outcome.results, outcome.updates, {**empty, **outcome.codes}
 
         return call
 
     return Outcome(*lax.switch(to_real(values[0]), [branch(*call) for call in called]))
 
 
-def _while(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool) -> Outcome:
+def _while(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool, keeps_codes: bool) -> Outcome:
     """States are loop variables. A condition that holds ops is evaluated in the body, since it could not hand any out."""
     carried = _jaxpr.loop_operands(node.eqn)[0]
     init, restore = hide_absent([to_real(values[operand]) for operand in carried])
+    observed = dict(states) if observes else {}
 
-    def evaluate(which: int, carries: Sequence[Value], states: States) -> Outcome:
+    def call(which: int, carries: Sequence[Value], states: States) -> Outcome:
         operands = list(values)
         operands[carried.start : carried.stop] = restore(carries)
-        (_, (body, inputs)) = which, list(node.calls(operands))[which]
+        body, inputs = list(node.calls(operands))[which]
         outcome = run(body, inputs, states)
-        return Outcome(_reals(outcome), _updated(states, outcome) if observes else dict(states), outcome.codes)
+        return Outcome(_reals(outcome), _updated(states, outcome), outcome.codes)
 
-    def condition(carries: Sequence[Value], states: States) -> Outcome:
-        return evaluate(0, carries, states)
+    condition, body = functools.partial(call, 0), functools.partial(call, 1)
+    empty = _no_codes([lambda each=each: each(init, states).codes for each in (condition, body)]) if keeps_codes else {}
 
-    def step(loop: Any) -> Any:
-        carries, current, codes, _ = loop
-        body = evaluate(1, carries, current if observes else states)
-        present, _ = hide_absent(body.results)
-        check = condition(present, body.updates)
-        return present, check.updates if observes else {}, {**codes, **body.codes, **check.codes}, check.results[0]
+    def step(carries: Sequence[Value], current: States, codes: dict[str, QTensor]) -> Outcome:
+        outcome = body(carries, {**states, **current})
+        present, _ = hide_absent(outcome.results)
+        return Outcome(present, outcome.updates if observes else {}, {**codes, **outcome.codes})
 
-    empty = _no_codes([lambda which=which: evaluate(which, init, states).codes for which in (0, 1)])
-    first = condition(init, states)
-    start = (init, first.updates if observes else {}, {**empty(), **first.codes}, first.results[0])
-    carries, updates, codes, _ = lax.while_loop(lambda loop: loop[3], step, start)
-    return Outcome(restore(carries), updates, codes)
+    start = Outcome(init, observed, empty)
+    if next(node.bodies[0].ops(), None) is None:  # the usual case, and a condition that XLA may know
+        loop = lax.while_loop(lambda loop: condition(loop.results, {}).results[0], lambda loop: step(*loop), start)
+        return Outcome(restore(loop.results), loop.updates, loop.codes)
+
+    def check(outcome: Outcome) -> tuple[Any, Any]:
+        checked = condition(outcome.results, {**states, **outcome.updates})
+        updates = checked.updates if observes else {}
+        return Outcome(outcome.results, updates, {**outcome.codes, **checked.codes}), checked.results[0]
+
+    loop, _ = lax.while_loop(lambda loop: loop[1], lambda loop: check(step(*loop[0])), check(start))
+    return Outcome(restore(loop.results), loop.updates, loop.codes)
 
 
-def _no_codes(calls: Sequence[Callable[[], dict[str, QTensor]]]) -> Callable[[], dict[str, QTensor]]:
+def _no_codes(calls: Sequence[Callable[[], dict[str, QTensor]]]) -> dict[str, QTensor]:
     """Zeros for the codes that the calls give, scales included: what stands for those of a body that did not run."""
     shapes: dict[str, Any] = {}
     for call in calls:
         shapes |= jax.eval_shape(call)
-    return lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _custom_jvp(node: Node, values: Sequence[Value], states: States, run: Run) -> Outcome:

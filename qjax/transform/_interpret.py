@@ -237,8 +237,9 @@ class Interpreter:
     def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
         names = {op.name for op in node.ops()}
         states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names}
+        observes = self._plan.mode in ("calibrate", "train")
         outcome = _calls.evaluate(
-            node, values, states, self._body_runner(), observes=self._plan.mode in ("calibrate", "train")
+            node, values, states, self._body_runner(), observes=observes, keeps_codes=self._plan.keeps_codes
         )
         self.updates.update(outcome.updates)
         self.codes.update(outcome.codes)
