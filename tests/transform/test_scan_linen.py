@@ -54,6 +54,7 @@ def lstm_by_hand(params, observer, states, xs):
     return jnp.stack(out, axis=1), states
 
 
+@pytest.mark.long
 def test_an_lstm(rng):
     model, xs = nn.RNN(nn.OptimizedLSTMCell(5)), normal(rng, 3, 4, 6)
     variables = jax.jit(model.init)(jax.random.key(0), xs)
