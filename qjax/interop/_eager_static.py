@@ -245,6 +245,11 @@ def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
 
 
 def _check_weight(op: IntegerOp) -> None:
+    if op.steps:
+        raise ValueError(
+            f"eager_static: op {op.name!r} stands for {' x '.join(map(str, op.steps))} layers, the steps of a scan, and "
+            "a torch module is one layer. Write the layers of the function out as a Python loop, and convert that."
+        )
     spec = op.weight.spec
     if not (spec.is_plain and spec.symmetric and spec.format.signed and spec.format.bits == 8):
         raise ValueError(

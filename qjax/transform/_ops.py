@@ -32,6 +32,8 @@ class OpInfo:
     why: str  # why it was left in float, where it cannot be quantized
     observers: dict[str, str] = dataclasses.field(default_factory=dict)  # role -> observer
 
+    steps: tuple[int, ...] = ()  # lengths of the scans whose every step has quantizers of its own, outermost first
+
     @property
     def why_float(self) -> str:
         """Why it is computed in float, whether it has to be or the recipe says so; empty where it is not."""
@@ -74,7 +76,7 @@ class OpTable(Sequence[OpInfo], TableLike):
             rows.append((op.name, op.kind, _operands(op), " · ".join(operands), weight, output, op.compute))
         if not rows:
             return Table(_HEADER, (), ("no ops",))
-        return Table(_HEADER, tuple(rows), (*legend.notes(), *_reasons(self._ops)))
+        return Table(_HEADER, tuple(rows), (*legend.notes(), *_steps(self._ops), *_reasons(self._ops)))
 
 
 _HEADER = ("op", "kind", "operands", "input", "weight", "output", "compute")
@@ -123,6 +125,15 @@ def _operands(op: OpInfo) -> str:
     return " · ".join(shapes)
 
 
+def _steps(ops: Sequence[OpInfo]) -> list[str]:
+    by_steps: dict[tuple[int, ...], list[str]] = {}
+    for op in ops:
+        if op.steps and op.quantizers:
+            by_steps.setdefault(op.steps, []).append(op.name)
+    lines = [f"  {', '.join(names)}: each of {' x '.join(map(str, steps))} steps" for steps, names in by_steps.items()]
+    return ["", "quantizers of their own for each step of a scan", *lines] if lines else []
+
+
 def _reasons(ops: Sequence[OpInfo]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for op in ops:
@@ -136,7 +147,7 @@ def _reasons(ops: Sequence[OpInfo]) -> list[str]:
 def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable:
     """Put together what tracing, the recipe and an abstract evaluation know of each op."""
     rows: list[OpInfo] = []
-    epilogues = _epilogues(traced)
+    epilogues, steps = _epilogues(traced), traced.graph.steps()
     for op in traced.graph.ops():
         rule = recipe.rule_for(op.name, op.kind)
         quantizers: dict[str, str] = {}
@@ -169,6 +180,7 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
                 epilogue=epilogues.get(op.name, ""),
                 why="",
                 observers=observers,
+                steps=steps[op.name],
             )
         )
     for name, kind, why in traced.unquantized:
@@ -178,11 +190,8 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
 
 def _epilogues(traced: Trace) -> dict[str, str]:
     found: dict[str, str] = {}
-    graphs = [traced.graph]
-    while graphs:
-        graph = graphs.pop()
+    for graph in traced.graph.all():
         for name, epilogue in graph.epilogues.items():
             words = ["bias"] * (epilogue.bias is not None) + ["relu"] * epilogue.relu
             found[name] = ", ".join(words)
-        graphs.extend(node.body for node in graph.nodes if node.body is not None)
     return found
