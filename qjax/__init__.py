@@ -1,6 +1,6 @@
 """qjax: simulated quantization in JAX, trained through and handed to PyTorch. See README.md."""
 
-from qjax import containers, estimators, integer, interop, observers, transform
+from qjax import containers, estimators, integer, interop, observers, recipes, transform
 from qjax._block_formats import (
     mxfp4,
     mxfp6_e2m3,
@@ -98,6 +98,7 @@ __all__ = [
     "packed_size",
     "prepare",
     "quantize",
+    "recipes",
     "ternary",
     "transform",
     "uint2",

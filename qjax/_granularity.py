@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,15 @@ class PerChannel:
       axis: The channel axis; negative counts from the end, so `PerChannel(-1)` is the output channel of a Flax
         Dense kernel `(in, out)` and of a Conv kernel `(height, width, in, out)`. Several axes may be given as a tuple, in
         the order in which x has them: `PerChannel((0, 2))` gives scales of shape `(x.shape[0], x.shape[2])`.
+        In a recipe it may be `"output"`: the axes that the op at hand does not sum over, which are its output channels
+        wherever the layout puts them (`x @ w`, `w @ x`, HWIO or OIHW, one axis or several).
     """
 
-    axis: int | tuple[int, ...]
+    axis: int | tuple[int, ...] | Literal["output"]
 
     def __post_init__(self) -> None:
+        if self.axis == "output":
+            return
         if isinstance(self.axis, tuple | list):
             axis = tuple(_index("PerChannel", "axis", each) for each in self.axis)
             if not axis:
@@ -60,10 +65,12 @@ class PerChannel:
     @property
     def axes(self) -> tuple[int, ...]:
         """The channel axes as a tuple."""
+        if isinstance(self.axis, str):
+            raise ValueError(_unresolved("PerChannel", self.axis))
         return self.axis if isinstance(self.axis, tuple) else (self.axis,)
 
     def __str__(self) -> str:
-        return f"per_channel({','.join(map(str, self.axes))})"
+        return f"per_channel({self.axis if isinstance(self.axis, str) else ','.join(map(str, self.axes))})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +78,9 @@ class PerGroup:
     """One scale and one zero_point for each `size` neighbours along `axis`; shape that of x, `axis` divided by size.
 
     Args:
-      axis: The axis that is cut into groups; every other axis keeps a scale for each of its indices.
+      axis: The axis that is cut into groups; every other axis keeps a scale for each of its indices. In a recipe it may be
+        `"contracted"`: the axis that the op at hand sums over, wherever the layout puts it. Of several it is the one that is
+        last in the left operand, and for a convolution the axis of the input features.
       size: How many neighbours share a scale.
       pad: Let the last group be shorter where size does not divide the axis; otherwise that is an error.
 
@@ -84,12 +93,13 @@ class PerGroup:
       (8, 4)
     """
 
-    axis: int
+    axis: int | Literal["contracted"]
     size: int
     pad: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axis", _index("PerGroup", "axis", self.axis))
+        if self.axis != "contracted":
+            object.__setattr__(self, "axis", _index("PerGroup", "axis", self.axis))
         object.__setattr__(self, "size", _size("PerGroup", "size", self.size))
         _check_pad("PerGroup", self.pad)
 
@@ -140,6 +150,43 @@ Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
 Shape = tuple[int, ...]
 
 
+def _unresolved(owner: str, axis: str) -> str:
+    return (
+        f'{owner}("{axis}") names an axis by what an op does with it, so it means something in a rule of a recipe alone. '
+        "Give the index of the axis here."
+    )
+
+
+def is_named(granularity: Granularity) -> bool:
+    """Whether an axis is named by what an op does with it, so that it has to be resolved for an operand."""
+    return isinstance(granularity, PerChannel | PerGroup) and isinstance(granularity.axis, str)
+
+
+def resolve(granularity: Granularity, output: Sequence[int], contracted: int | None, caller: str) -> Granularity:
+    """Put indices in the place of named axes.
+
+    Args:
+      granularity: Any.
+      output: The axes of the operand that its op does not sum over.
+      contracted: The axis that it does; None where there is none.
+      caller: For messages.
+
+    Raises:
+      ValueError: A contracted axis is wanted and there is none.
+    """
+    match granularity:
+        case PerChannel(axis="output"):
+            return PerChannel(tuple(output)) if output else PerTensor()
+        case PerGroup(axis="contracted"):
+            if contracted is None:
+                raise ValueError(
+                    f"{caller}: {granularity} wants groups along the axis that the op sums over, and it sums over none. Use "
+                    "another granularity for it."
+                )
+            return dataclasses.replace(granularity, axis=contracted)
+    return granularity
+
+
 def channel_axes(granularity: PerChannel, ndim: int, caller: str) -> Shape:
     """The channel axes as ascending non-negative indices into an array of rank `ndim`."""
     for axis in granularity.axes:
@@ -173,6 +220,8 @@ def block_shape(shape: Shape, granularity: Granularity, caller: str) -> Shape:
                 raise ValueError(f"{caller}: PerToken needs x of rank 1 or more, got a scalar. Use PerTensor().")
             return (1,) * (len(shape) - 1) + shape[-1:]
         case PerGroup():
+            if isinstance(granularity.axis, str):
+                raise ValueError(f"{caller}: {_unresolved('PerGroup', granularity.axis)}")
             if not -len(shape) <= granularity.axis < len(shape):
                 raise ValueError(
                     f"{caller}: PerGroup axis {granularity.axis} is out of range for x of rank {len(shape)}; it must lie in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import get_args
 
 from qjax._conventions import (
@@ -30,7 +31,7 @@ class QuantSpec:
         zero_point is chosen so that `[min_val, max_val]`, widened to hold 0, is covered. Floats and codebooks have no
         zero_point: they are always symmetric.
       granularity: Which elements share a scale: `PerTensor()`, `PerChannel(axis)`, `PerGroup(axis, size)`,
-        `PerBlock(shape)` or `PerToken()`.
+        `PerBlock(shape)` or `PerToken()`. In a recipe, `PerChannel("output")` and `PerGroup("contracted", size)` follow the op.
       convention: Whose arithmetic turns a real into a code; docs/conventions.md compares them.
         `"torch_fake"`: `clamp(rint(x · (1/s)) + z)`, as `torch.fake_quantize_per_*_affine`.
         `"torch_real"`: `clamp(rint(fma(x, 1/s, z)))` per tensor and `clamp(rint(x · (1/s) + z))` per channel, as
@@ -235,17 +236,16 @@ class QuantSpec:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is made of whole numbers with one scale for the tensor or for each index of one axis.
+        """Whether it is made of whole numbers with one scale for the tensor or for each index of some axes.
 
         Those are the specs whose codes can be multiplied and rescaled after; all others are multiplied as reals.
         """
-        one_axis = isinstance(self.granularity, PerChannel) and len(self.granularity.axes) == 1
         return (
             isinstance(self.format, Int)
             and not self.float_zero_point
             and self.format.bits <= 8
             and not self.keeps_amax
-            and (one_axis or isinstance(self.granularity, PerTensor))
+            and isinstance(self.granularity, PerChannel | PerTensor)
         )
 
     @property
@@ -262,6 +262,8 @@ class QuantSpec:
         words = [str(self.format), "symmetric" if self.symmetric else "affine", str(self.granularity)]
         if self.reduce_range:
             words.append(f"{self.quant_min}..{self.quant_max}")
+        if self.eps is not None:
+            words.append(f"eps={_power_of_two(self.eps)}")
         if self.convention != "torch_fake":
             words.append(self.convention)
         if self.scale_rule is not None:
@@ -273,3 +275,8 @@ class QuantSpec:
         if self.float_zero_point:
             words.append("float_zero_point")
         return " ".join(words)
+
+
+def _power_of_two(value: float) -> str:
+    fraction, exponent = math.frexp(value)
+    return f"2^{exponent - 1}" if fraction == 0.5 else f"{value!r}"

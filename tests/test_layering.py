@@ -30,6 +30,7 @@ ROOMS = (
     "_fake_quantize",
     "observers",
     "transform",
+    "recipes",
     "integer",
     "flax",
     "training",

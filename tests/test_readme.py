@@ -19,3 +19,5 @@ def test_the_first_ten_lines_print_what_they_say(tmp_path, monkeypatch):
         for block in blocks:
             exec(compile(block, str(README), "exec"), names)
     assert printed.getvalue().splitlines() == promised
+    (table,) = re.findall(r"```text\n(.*?)\n```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert str(names["prepared"].ops(names["params"], names["x"])) == table  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,15 @@ import numpy as np
 
 from qjax._granularity import PerTensor
 from qjax._qparams import is_concrete
-from qjax._quantize import QTensor, quantize
-from qjax.integer._program import ABSENT, IntegerInterpreter, IntegerOp, IntegerProgram
+from qjax.integer._collect import Collector
+from qjax.integer._program import IntegerOp, IntegerProgram
 from qjax.observers import Observer
+from qjax.transform._calls import op_of
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._interpret import Interpreter, Plan
 from qjax.transform._prepare import Prepared, QuantVars, check_calibrated, shapes_of
-from qjax.transform._trace import Graph, Node, Op, Trace
-from qjax.transform._values import Value, thin, to_real
+from qjax.transform._trace import Graph, Trace
+from qjax.transform._values import ABSENT
 
 
 def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> IntegerProgram:
@@ -27,7 +28,8 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
     Ops whose two operands are quantized are summed in int32 and requantized with fbgemm's formula (`q = clamp(rint((acc +
     bias/unit) · (unit/scale)) + zero_point)`, unit = scale_x · scale_w), which rounds right after the op where all of
     its uses lead to one quantizer, and pools and reshapes codes. Ops with a quantized weight and a float input dequantize the
-    weight when they use it. The codes equal those of `prepared.codes`, that is, of mode "eval".
+    weight when they use it. Loops and branches stay what they are; of an op in a scan over layers, weights and qparams are
+    stacked by step. The codes equal those of `prepared.codes`, that is, of mode "eval".
 
     Args:
       prepared: From `qjax.prepare`.
@@ -67,7 +69,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
         )
     whole = _with_params(prepared, params, args)
     traced = prepared.trace(*whole)
-    shapes = Interpreter(Plan(prepared.recipe, "init", "codes"), {})
+    shapes = Interpreter(Plan(prepared.recipe.bind(traced), "init", "codes"), {})
     shapes.run_abstractly(traced.graph, Prepared.array_leaves(whole))
     for missing in shapes.observed.keys() - qvars.state.keys():
         raise ValueError(
@@ -76,16 +78,20 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
         )
     check_calibrated(shapes, qvars)
     observers = _activation_observers(shapes)
+    steps = traced.graph.steps()
     leaves = Prepared.array_leaves(whole)
     start = len(Prepared.array_leaves(whole[: prepared.params_argnum]))
     count = len(Prepared.array_leaves([params]))
 
     @jax.jit  # one compilation, where eagerly each small operation would be compiled by itself
     def collect(parameters: list[jax.Array], state: dict[str, Any]) -> tuple[Any, Any, Any]:
-        collector = _Collector(Plan(prepared.recipe, "eval", "codes"), state)
+        collector = Collector(Plan(prepared.recipe.bind(traced), "eval", "codes"), state)
         absent = [ABSENT] * len(leaves)
         collector.run(traced.graph, [*absent[:start], *parameters, *absent[start + count :]])
-        qparams = {key: observer.qparams(state[key]) for key, observer in observers.items()}
+        qparams = {
+            key: _for_each_step(observer.qparams, len(steps[op_of(key)]))(state[key])
+            for key, observer in observers.items()
+        }
         return collector.weights, collector.biases, qparams
 
     weights, biases, qparams = collect(leaves[start : start + count], qvars.state)
@@ -104,6 +110,11 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
     program = IntegerProgram(prepared, shapes_of(params), weights, floats, points, names)
     program.ops = _ops(traced, program, biases, shapes)
     return program
+
+
+def _for_each_step(fn: Callable[[Any], Any], depth: int) -> Callable[[Any], Any]:
+    """The function of one state, as one of states that are stacked by the steps of scans."""
+    return _for_each_step(jax.vmap(fn), depth - 1) if depth else fn
 
 
 def _with_params(prepared: Prepared, params: Any, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -135,54 +146,24 @@ def _activation_observers(shapes: Interpreter) -> dict[str, Observer]:
     return found
 
 
-class _Collector(IntegerInterpreter):
-    """Follows the parameters through the graph, activations absent, and quantizes each weight where its op takes it."""
-
-    def __init__(self, plan: Plan, observed: Mapping[str, Any]) -> None:
-        super().__init__(plan, {}, {})
-        self._observed = observed
-        self.weights: dict[str, QTensor] = {}
-        self.biases: dict[str, jax.Array] = {}
-
-    def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
-        rule = self._plan.recipe.rule_for(op.name)
-        observer = None if rule is None else rule.weight_observer
-        if op.weight is not None and observer is not None:
-            self.weights[op.name] = self._codes(f"{op.name}/weight", observer, to_real(values[op.weight]))
-        return ABSENT
-
-    def _codes(self, key: str, observer: Observer, weight: jax.Array) -> QTensor:
-        state = self._observed[key]
-        if observer.dynamic:
-            state = observer.update(observer.init(weight), weight)
-        return quantize(weight, observer.qparams(state), observer.spec)
-
-    def _equation(self, graph: Graph, node: Node, values: list[Value], env: Any) -> Sequence[Value]:
-        for name, epilogue in graph.epilogues.items():
-            if epilogue.bias is not None and epilogue.bias in node.inputs and name not in self.biases:
-                bias = to_real(env[epilogue.bias])
-                if epilogue.bias in graph.broadcasts:
-                    source, dimensions = graph.broadcasts[epilogue.bias]
-                    bias = thin(to_real(env[source]), dimensions, bias.ndim)
-                self.biases[name] = bias.astype(jnp.float32)
-        return super()._equation(graph, node, values, env)
-
-    def _output(self, name: str, value_id: int, value: Value) -> Value:
-        return value
-
-
 def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
     """The inputs of the graph that are used as floats, where the weights of the stored ops are not."""
     needed = {value for value in graph.outputs if isinstance(value, int)}
     for node in reversed(graph.nodes):
         if needed.isdisjoint(node.outputs):
             continue
-        operands = node.inputs
+        operands: list[Any] = list(node.inputs)
         if node.op is not None and node.op.name in stored:
-            operands = tuple(value for i, value in enumerate(operands) if i != node.op.weight)
-        elif node.body is not None:
-            inner = _needed_inputs(node.body, stored)
-            operands = tuple(v for v, inside in zip(operands, node.body.inputs, strict=True) if inside in inner)
+            operands = [value for i, value in enumerate(operands) if i != node.op.weight]
+        elif node.bodies:
+            inside = list(node.calls(operands))
+            called = {value for _, values in inside for value in values if isinstance(value, int)}
+            operands = [
+                value for value in operands if isinstance(value, int) and value not in called
+            ]  # of a cond, the index
+            for body, values in inside:
+                inner = _needed_inputs(body, stored)
+                operands += [value for value, input in zip(values, body.inputs, strict=True) if input in inner]
         needed |= {value for value in operands if isinstance(value, int)}
     return needed
 
@@ -191,9 +172,9 @@ def _ops(
     traced: Trace, program: IntegerProgram, biases: Mapping[str, jax.Array], shapes: Interpreter
 ) -> tuple[IntegerOp, ...]:
     """Describe the ops as the deployed kernels see them."""
-    epilogues, early = {}, {}
+    epilogues, early, steps = {}, {}, traced.graph.steps()
     rounded = {key.rpartition("/")[0] for key in program.points if key.endswith("/output")}
-    for graph in _graphs(traced.graph):
+    for graph in traced.graph.all():
         epilogues.update(graph.epilogues)
         early.update(early_quantizers(graph, program.points, rounded))
     described: list[IntegerOp] = []
@@ -216,10 +197,7 @@ def _ops(
                 input_quantizer=source if source in program.points else None,
                 output_quantizer=output,
                 contraction=op.contraction,
+                steps=steps[op.name],
             )
         )
     return tuple(described)
-
-
-def _graphs(graph: Graph) -> list[Graph]:
-    return [graph] + [inner for node in graph.nodes if node.body is not None for inner in _graphs(node.body)]

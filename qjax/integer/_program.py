@@ -14,18 +14,13 @@ from qjax._quantize import QTensor, quantize
 from qjax._requantize import requantize
 from qjax._spec import QuantSpec
 from qjax.integer._kernels import accumulate
+from qjax.observers import Observer
+from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
 from qjax.transform._interpret import Interpreter, Plan
 from qjax.transform._prepare import Prepared
 from qjax.transform._trace import Graph, Node, Op, operand_role
-from qjax.transform._values import Quantized, Scaled, Value, to_real
-
-
-class _Absent:
-    """Stands for a parameter that the program does not keep, because only its codes are used."""
-
-
-ABSENT = _Absent()
+from qjax.transform._values import ABSENT, Quantized, Scaled, Value, to_real
 
 Point = tuple[QuantSpec, QParams]
 
@@ -37,6 +32,8 @@ class IntegerOp:
     Invariants:
       * `weight` is laid out as the op takes it: `(in, out)` for a Flax Dense, `(height, width, in, out)` for a Conv.
       * `input` and `output` are per tensor.
+      * Where `steps` is not empty, the op stands in scans over layers: the arrays of `weight`, `bias`, `input` and `output`
+        are stacked by step, in axes of these lengths in front of their own.
     """
 
     name: str
@@ -50,26 +47,23 @@ class IntegerOp:
     input_quantizer: str | None  # which quantizer made the input's codes, such as "Conv_0/output"
     output_quantizer: str | None  # which quantizer rounds the output, such as "Dense_0/input"
     contraction: Contraction  # its geometry: `Dot` or `Conv`
+    steps: tuple[int, ...] = ()  # lengths of the scans that have a layer for each step, outermost first
 
 
 class IntegerInterpreter(Interpreter):
-    """Evaluates a graph on integer codes: int32 sums, fbgemm's requantization, weights from store."""
+    """Evaluates a graph on integer codes: int32 sums, fbgemm's requantization, weights from store.
 
-    def __init__(self, plan: Plan, weights: Mapping[str, QTensor], points: Mapping[str, Point]) -> None:
-        super().__init__(plan, {})
-        self._weights = weights
-        self._points = points
+    What it knows by quantizer is no observer state but the `QTensor` of a weight and the `QParams` of any other point.
+    """
 
     def _operand(self, op: Op, index: int, value: Value) -> Value:
-        if operand_role(op, index) == "weight" and op.name in self._weights:
-            weight = self._weights[op.name]
-            self.codes[f"{op.name}/weight"] = weight
+        weight = self._state.get(f"{op.name}/weight") if operand_role(op, index) == "weight" else None
+        if weight is not None:
             value = Quantized(None, weight.codes, weight.qparams, weight.spec, f"{op.name}/weight", op.dtypes[index])
         return super()._operand(op, index, value)
 
-    def _quantize(self, key: str, observer: Any, value: Value) -> Quantized:
-        del observer
-        spec, qparams = self._points[key]
+    def _quantize(self, key: str, observer: Observer, value: Value) -> Quantized:
+        spec, qparams = observer.spec, self._state[key]
         if isinstance(value, Scaled) and spec.is_deployed:
             codes = requantize(value.units, value.unit, qparams, spec)
             return Quantized(None, codes, qparams, spec, key, value.dtype)
@@ -85,12 +79,14 @@ class IntegerInterpreter(Interpreter):
             return [ABSENT] * len(node.outputs)
         return super()._equation(graph, node, values, env)
 
-    def _call(self, node: Node, body: Graph, values: list[Value]) -> Sequence[Value]:
-        # There is nothing to differentiate, so a remat or custom_jvp call is evaluated in place.
-        if not node.passes_structure:
-            values = [value if value is ABSENT else to_real(value) for value in values]
-        results = self.run(body, values)
-        return results if node.passes_structure else [to_real(result) for result in results]
+    def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
+        if _jaxpr.call_kind(node.eqn) in ("scan", "cond", "while"):
+            return super()._call(node, values)
+        # There is nothing to differentiate, so a remat or a call with a rule of its own is evaluated in place.
+        ((body, operands),) = node.calls(values)
+        if _jaxpr.call_kind(node.eqn) == "remat":
+            return self.run(body, operands)
+        return [to_real(result) for result in self.run(body, [to_real(value) for value in operands])]
 
 
 class IntegerProgram:
@@ -101,7 +97,7 @@ class IntegerProgram:
 
     Attributes:
       ops: The ops with a quantized weight, in program order.
-      weights: The codes of each weight, by op.
+      weights: The codes of each weight, by op; stacked by step where the op stands in a scan over layers.
       points: Spec and qparams of each quantization point, by `"op/input"` and `"op/output"`.
     """
 
@@ -124,11 +120,11 @@ class IntegerProgram:
 
     def __call__(self, *args: Any) -> Any:
         """Evaluate the program; returns what the original function returns, outputs dequantized."""
-        return self._run(args)[0]
+        return self._run(args, keeps_codes=False)[0]
 
     def codes(self, *args: Any) -> dict[str, QTensor]:
         """Return the integer codes of every quantized tensor, by `"op/weight"`, `"op/input"` and `"op/output"`."""
-        return self._run(args)[1]
+        return self._run(args, keeps_codes=True)[1]
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +132,7 @@ class IntegerProgram:
         leaves = jax.tree.leaves((self.weights, [qparams for _, qparams in self.points.values()], self._floats))
         return sum(leaf.nbytes for leaf in leaves)
 
-    def _run(self, args: Sequence[Any]) -> tuple[Any, dict[str, QTensor]]:
+    def _run(self, args: Sequence[Any], *, keeps_codes: bool) -> tuple[Any, dict[str, QTensor]]:
         place = self._prepared.params_argnum
         whole = (*args[:place], self._params_shape, *args[place:])
         traced = self._prepared.trace(*whole)
@@ -152,6 +148,8 @@ class IntegerProgram:
         count = len(Prepared.array_leaves([self._params_shape]))
         leaves = Prepared.array_leaves(whole)
         leaves[start : start + count] = [self._floats.get(i, ABSENT) for i in range(count)]
-        interpreter = IntegerInterpreter(Plan(self._prepared.recipe, "eval", "codes"), self.weights, self.points)
+        stored = {f"{op}/weight": weight for op, weight in self.weights.items()}
+        stored |= {key: qparams for key, (_, qparams) in self.points.items()}
+        interpreter = IntegerInterpreter(Plan(self._prepared.recipe.bind(traced), "eval", "codes", keeps_codes), stored)
         outputs = [to_real(value) for value in interpreter.run(traced.graph, leaves)]
         return jax.tree.unflatten(traced.out_tree, outputs), interpreter.codes

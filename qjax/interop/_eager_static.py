@@ -233,9 +233,9 @@ def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
     """Transpose a weight so that its output axis comes first, the channel axis with it."""
     codes = np.ascontiguousarray(np.asarray(op.weight.codes).transpose(order))
     spec = op.weight.spec
-    if isinstance(spec.granularity, PerChannel) and len(spec.granularity.axes) == 1:
-        axis = order.index(spec.granularity.axes[0] % op.weight.codes.ndim)
-        if axis != 0:
+    if isinstance(spec.granularity, PerChannel):
+        axes = [order.index(axis % op.weight.codes.ndim) for axis in spec.granularity.axes]
+        if axes != [0]:
             raise ValueError(
                 f"eager_static: the weight of {op.name} is quantized {spec.granularity}; torch wants one scale for each "
                 f"output, which is PerChannel({order[0] - len(order)}) here."
@@ -245,6 +245,11 @@ def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
 
 
 def _check_weight(op: IntegerOp) -> None:
+    if op.steps:
+        raise ValueError(
+            f"eager_static: op {op.name!r} stands for {' x '.join(map(str, op.steps))} layers, the steps of a scan, and "
+            "a torch module is one layer. Write the layers of the function out as a Python loop, and convert that."
+        )
     spec = op.weight.spec
     if not (spec.is_plain and spec.symmetric and spec.format.signed and spec.format.bits == 8):
         raise ValueError(

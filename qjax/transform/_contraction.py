@@ -44,6 +44,12 @@ class Dot:
         free = [[i for i in range(ndims[k]) if i not in self.contracting[k] and i not in self.batch[k]] for k in (0, 1)]
         return len(self.batch[0]) + (len(free[0]) if operand else 0) + free[operand].index(axis)
 
+    def named_axes(self, operand: int, ndim: int) -> tuple[tuple[int, ...], int | None]:
+        """The axes of an operand that are not summed over, and the one that is; of several the last one of lhs."""
+        output = tuple(i for i in range(ndim) if i not in self.contracting[operand])
+        pairs = sorted(zip(*self.contracting, strict=True))
+        return output, pairs[-1][operand] if pairs else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
@@ -91,6 +97,12 @@ class Conv:
         if operand == 0:
             return numbers.out_spec[0] if axis == numbers.lhs_spec[0] and self.batch_group_count == 1 else None
         return numbers.out_spec[1] if axis == numbers.rhs_spec[0] else None
+
+    def named_axes(self, operand: int, ndim: int) -> tuple[tuple[int, ...], int | None]:
+        """The axis of the output features (of the batch, for lhs), and that of the input features, which is summed over."""
+        del ndim
+        spec = (self.dimension_numbers.lhs_spec, self.dimension_numbers.rhs_spec)[operand]
+        return (spec[0],), spec[1]
 
 
 Contraction = Dot | Conv

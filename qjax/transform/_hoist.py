@@ -28,7 +28,7 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Co
     def destinations(value: int) -> set[str | None]:
         found: set[str | None] = set()
         for node in consumers.get(value, []):
-            if node is None or node.body is not None:
+            if node is None or node.bodies:
                 found.add(None)
             elif node.op is not None:
                 keys = {f"{node.op.name}/{operand_role(node.op, i)}" for i, v in enumerate(node.inputs) if v == value}

@@ -15,10 +15,11 @@ from qjax._quantize import QTensor, quantize_with_mask
 from qjax._requantize import add_bias, requantize_unclamped
 from qjax.estimators import straight_through
 from qjax.observers import Observer
-from qjax.transform import _jaxpr
+from qjax.transform import _calls, _jaxpr
+from qjax.transform._calls import Outcome
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, unit_of
-from qjax.transform._recipe import Recipe
+from qjax.transform._recipe import BoundRecipe
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
 from qjax.transform._values import Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
 
@@ -30,9 +31,10 @@ Compute = Literal["codes", "dequantized"]
 class Plan:
     """What stays the same over one call: who is quantized how, and in which mode."""
 
-    recipe: Recipe
+    recipe: BoundRecipe
     mode: Mode
     compute: Compute
+    keeps_codes: bool = False  # whether the codes are asked for; a loop has to stack them
 
 
 class State(dict[str, Any]):
@@ -51,7 +53,7 @@ class Interpreter:
 
     Attributes:
       updates: The new observer states, by quantizer.
-      codes: The codes at each quantizer, by `"op/role"`.
+      codes: The codes at each quantizer, by `"op/role"`, where the plan asks for them.
       inputs: For each op, where its operands come from: the name of a quantizer, or "float".
       computed: For each op, how it was computed: "codes", "dequantized" or "float".
       observed: The observer of each quantizer that is used, and the shape of what it sees.
@@ -76,7 +78,7 @@ class Interpreter:
         ends = {epilogue.end: name for name, epilogue in graph.epilogues.items()}
         if self._plan.mode == "eval":  # the deployed kernel rounds right after the op; so that its codes are predicted
             quantizers = static_quantizers(graph, self._plan.recipe)
-            rounded = {name for name in graph.epilogues if self._observer(name, "output") is not None}
+            rounded = {name for name in graph.epilogues if self._output_observer(name) is not None}
             early = early_quantizers(graph, quantizers, rounded)
             self._early.update({end: (key, quantizers[key]) for end, key in early.items()})
 
@@ -87,8 +89,8 @@ class Interpreter:
             values = [read(operand) for operand in node.inputs]
             if node.op is not None:
                 results: Sequence[Value] = [self._op(node, node.op, values)]
-            elif node.body is not None:
-                results = self._call(node, node.body, values)
+            elif node.bodies:
+                results = self._call(node, values)
             else:
                 results = self._equation(graph, node, values, env)
             for output, result in zip(node.outputs, results, strict=True):
@@ -108,9 +110,9 @@ class Interpreter:
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
-    def _observer(self, name: str, role: str) -> Observer | None:
+    def _output_observer(self, name: str) -> Observer | None:
         rule = self._plan.recipe.rule_for(name)
-        return None if rule is None else rule.observer(role)
+        return None if rule is None else rule.output_observer
 
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
         operands = [self._operand(op, i, value) for i, value in enumerate(values)]
@@ -132,7 +134,7 @@ class Interpreter:
 
     def _operand(self, op: Op, index: int, value: Value) -> Value:
         role = operand_role(op, index)
-        observer = self._observer(op.name, role)
+        observer = self._plan.recipe.observer(op, index)
         if isinstance(value, Quantized):
             result: Value = value
             if observer is not None and self._plan.mode == "init":
@@ -142,19 +144,21 @@ class Interpreter:
             return to_real(value)
         else:
             result = self._quantize(f"{op.name}/{role}", observer, value)
-        if result.codes is not None:
-            self.codes[f"{op.name}/{role}"] = result.tensor()
+        self._keep(f"{op.name}/{role}", result)
         return result
+
+    def _keep(self, key: str, value: Quantized) -> None:
+        if self._plan.keeps_codes and value.codes is not None:
+            self.codes[key] = value.tensor()
 
     def _output(self, name: str, value_id: int, value: Value) -> Value:
         if value_id in self._early:
             return self._quantize(*self._early[value_id], value)
-        observer = self._observer(name, "output")
+        observer = self._output_observer(name)
         if observer is None:
             return value
         result = self._quantize(f"{name}/output", observer, value)
-        if result.codes is not None:
-            self.codes[f"{name}/output"] = result.tensor()
+        self._keep(f"{name}/output", result)
         return result
 
     # -- quantizers --------------------------------------------------------------------------------------------------
@@ -230,59 +234,48 @@ class Interpreter:
             )
         return dataclasses.replace(value, units=units)
 
-    def _call(self, node: Node, body: Graph, values: list[Value]) -> Sequence[Value]:
-        """Evaluate a remat or custom_jvp call: states go in and come out as operands, so that nothing leaks."""
-        if self._plan.mode == "init":
-            return self._run_body(body, values, self._state)[0]
-        names = {op.name for op in body.ops()}
-        state = {key: value for key, value in self._state.items() if key.rpartition("/")[0] in names}
-        if _jaxpr.is_remat(node.eqn):
-            call = _jaxpr.rematerialize(node.eqn, lambda values, state: self._run_body(body, values, state))
-            results, updates, codes = call(values, state)
-        else:
-            results, updates, codes = self._custom_jvp(node, body, [to_real(value) for value in values], state)
-        self.updates.update(updates)
-        self.codes.update(codes)
-        return results
+    def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
+        names = {op.name for op in node.ops()}
+        states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names}
+        observes = self._plan.mode in ("calibrate", "train")
+        outcome = _calls.evaluate(
+            node, values, states, self._body_runner(), observes=observes, keeps_codes=self._plan.keeps_codes
+        )
+        self.updates.update(outcome.updates)
+        self.codes.update(outcome.codes)
+        if self._never_runs(node):  # then its quantizers need not have seen anything
+            for key in [key for key in self.observed if _calls.op_of(key) in names]:
+                del self.observed[key]
+        return outcome.results
 
-    def _run_body(
-        self, body: Graph, values: Sequence[Value], state: Mapping[str, Any]
-    ) -> tuple[list[Value], dict[str, Any], dict[str, QTensor]]:
-        inner = Interpreter(self._plan, state)
-        results = inner.run(body, values)
-        # These hold no arrays, so they may leave the call by the side.
-        self.inputs.update(inner.inputs)
-        self.computed.update(inner.computed)
-        self.observed.update(inner.observed)
-        self.spare.update(inner.spare)
-        if self._plan.mode == "init":
-            self.updates.update(inner.updates)
-            self.codes.update(inner.codes)
-        return results, inner.updates, inner.codes
+    def _never_runs(self, node: Node) -> bool:
+        if self._plan.mode == "init" or _jaxpr.call_kind(node.eqn) != "scan":
+            return False
+        return _jaxpr.scan(node.eqn).length == 0
 
-    def _custom_jvp(self, node: Node, body: Graph, values: list[Any], state: Mapping[str, Any]) -> Any:
-        """The value is the quantized one; the derivative is the rule that the function's author gave, on its float operands."""
+    def _body_runner(self) -> _calls.Run:
+        # JAX keeps the functions that derivative rules are made of as long as the trace. So this one holds no interpreter,
+        # which has arrays, but only what has none and may leave the call by the side.
+        kind, plan, asides = type(self), self._plan, self._asides()
 
-        @jax.custom_jvp
-        def call(values: list[Any], state: Mapping[str, Any]) -> Any:
-            results, updates, codes = self._run_body(body, values, state)
-            return [to_real(result) for result in results], updates, codes
+        def run(body: Graph, values: Sequence[Value], state: Mapping[str, Any]) -> Outcome:
+            inner = kind(plan, state)
+            results = inner.run(body, values)
+            for aside, new in zip(asides, inner._asides(), strict=True):
+                aside.update(new)
+            return Outcome(results, inner.updates, inner.codes)
 
-        @call.defjvp
-        def rule(primals: Any, tangents: Any) -> Any:
-            out = call(*primals)
-            _, outer = jax.jvp(lambda *operands: _jaxpr.bind(node.eqn, operands), tuple(primals[0]), tuple(tangents[0]))
-            rest = jax.tree.map(_zero_tangent, out[1:])
-            return out, (outer, *rest)
+        return run
 
-        return call(values, state)
+    def _asides(self) -> tuple[dict[str, Any], ...]:
+        return self.inputs, self.computed, self.observed, self.spare
 
 
 def _shape(real: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(real.shape, real.dtype)
 
 
-def static_quantizers(graph: Graph, recipe: Recipe) -> dict[str, Observer]:
+def static_quantizers(graph: Graph, recipe: BoundRecipe) -> dict[str, Observer]:
     """The activation quantizers of the graph's own ops that have one frozen range for the tensor, by `"op/role"`."""
     found: dict[str, Observer] = {}
     for node in graph.nodes:
@@ -294,12 +287,6 @@ def static_quantizers(graph: Graph, recipe: Recipe) -> dict[str, Observer]:
             if observer is not None and not observer.dynamic and observer.spec.is_deployed:
                 found[f"{node.op.name}/{role}"] = observer
     return found
-
-
-def _zero_tangent(value: Any) -> Any:
-    return jax.numpy.zeros(
-        value.shape, jax.dtypes.float0 if not jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
-    )
 
 
 def _origin(value: Value) -> str:

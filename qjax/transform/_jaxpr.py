@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
@@ -24,7 +24,13 @@ Jaxpr = Any
 
 _JIT = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"remat2", "remat", "checkpoint"})
-_CUSTOM_JVP = frozenset({"custom_jvp_call"})
+_KINDS = {
+    "custom_jvp_call": "custom_jvp",
+    "custom_vjp_call": "custom_vjp",
+    "scan": "scan",
+    "cond": "cond",
+    "while": "while",
+}
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[Jaxpr, list[Any], Any]:
@@ -57,18 +63,81 @@ def is_remat(eqn: Eqn) -> bool:
     return eqn.primitive.name in _REMAT
 
 
-def is_custom_jvp(eqn: Eqn) -> bool:
-    """Whether the equation calls its body and has a derivative rule of its own."""
-    return eqn.primitive.name in _CUSTOM_JVP
+def call_kind(eqn: Eqn) -> str | None:
+    """Which call the equation is: jit, remat, custom_jvp, custom_vjp, scan, cond or while; None for any other."""
+    if is_jit(eqn):
+        return "jit"
+    return "remat" if is_remat(eqn) else _KINDS.get(eqn.primitive.name)
 
 
-def body(eqn: Eqn) -> tuple[Jaxpr, list[Any]] | None:
-    """The one jaxpr that a jit, remat or custom_jvp equation calls on its operands; None for other equations."""
-    if is_jit(eqn) or is_remat(eqn):
-        return open_jaxpr(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
-    if is_custom_jvp(eqn):
-        return open_jaxpr(eqn.params["call_jaxpr"])
-    return None
+class Body(NamedTuple):
+    """A jaxpr that an equation calls."""
+
+    jaxpr: Jaxpr
+    consts: list[Any]
+    operands: tuple[int, ...]  # which operands of the equation the inputs are; a scan's are sliced
+
+
+class Scan(NamedTuple):
+    """A scan without its body; its operands are constants, carries and what is sliced, in this order."""
+
+    consts: int
+    carries: int
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+def scan(eqn: Eqn) -> Scan:
+    """What a scan equation is."""
+    params = eqn.params
+    if "num_carry" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:  # JAX 0.12
+        consts, carries = (len(group) for group in params["ft_in"].unpack()[:2])
+    return Scan(consts, carries, params["length"], params["reverse"], params["unroll"])
+
+
+def bodies(eqn: Eqn) -> list[Body]:
+    """The jaxprs that a call runs: one, but for a cond (its branches) and a while (its condition, then its body)."""
+    kind, operands = call_kind(eqn), range(len(eqn.invars))
+    if kind is None:
+        return []
+    if kind == "cond":
+        return [Body(*open_jaxpr(branch), tuple(operands[1:])) for branch in eqn.params["branches"]]
+    if kind == "while":
+        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carries = tuple(operands[first + second :])
+        return [
+            Body(*open_jaxpr(eqn.params["cond_jaxpr"]), (*operands[:first], *carries)),
+            Body(*open_jaxpr(eqn.params["body_jaxpr"]), (*operands[first : first + second], *carries)),
+        ]
+    name = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
+    return [Body(*open_jaxpr(eqn.params[name]), tuple(operands))]
+
+
+def loop_operands(eqn: Eqn) -> tuple[range, range]:
+    """The operands of a loop that are carried, and those that are sliced; both empty for other equations."""
+    end = len(eqn.invars)
+    if call_kind(eqn) == "scan":
+        parts = scan(eqn)
+        return range(parts.consts, parts.consts + parts.carries), range(parts.consts + parts.carries, end)
+    if call_kind(eqn) == "while":
+        return range(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"], end), range(end, end)
+    return range(0), range(0)
+
+
+def unchanged(eqn: Eqn) -> frozenset[int]:
+    """The carried operands that every step of the loop hands on as they are."""
+    carried = loop_operands(eqn)[0]
+    if not carried:
+        return frozenset()
+    body = bodies(eqn)[-1]
+    return frozenset(
+        operand
+        for i, operand in enumerate(carried)
+        if body.jaxpr.outvars[i] is body.jaxpr.invars[body.operands.index(operand)]
+    )
 
 
 def inner_jaxprs(eqn: Eqn) -> Iterator[Jaxpr]:
@@ -144,12 +213,19 @@ def new_dtype(eqn: Eqn) -> Any:
     return eqn.params["new_dtype"] if eqn.primitive.name == "convert_element_type" else None
 
 
-def bind(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
-    """Evaluate the equation on other operands, under its own context and name stack."""
+@contextlib.contextmanager
+def context(eqn: Eqn) -> Iterator[None]:
+    """The context and the name stack that the equation was traced in."""
     with contextlib.ExitStack() as stack:
         if source_info_util is not None:
             names = source_info_util.current_name_stack() + eqn.source_info.name_stack
             stack.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=names))
         stack.enter_context(eqn.ctx.manager)
+        yield
+
+
+def bind(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate the equation on other operands, under its own context and name stack."""
+    with context(eqn):
         out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -7,18 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from qjax.transform._interpret import Interpreter
-from qjax.transform._recipe import Recipe
+from qjax.transform._recipe import Recipe, describe
+from qjax.transform._table import Table, TableLike
 from qjax.transform._trace import Trace, operand_role
 
-_HEADER = ("op", "kind", "lhs", "rhs", "weight", "compute", "rule")
+_FROM = "from "
 
 
 @dataclasses.dataclass(frozen=True)
 class OpInfo:
-    """One dot or convolution of a prepared function."""
+    """One op of a prepared function."""
 
     name: str  # what a rule has to match
-    kind: str  # "dot" or "conv"
+    kind: str  # "dot", "conv", …
     lhs_shape: tuple[int, ...] | None  # None for an op that cannot be quantized
     rhs_shape: tuple[int, ...] | None
     out_shape: tuple[int, ...] | None
@@ -29,10 +30,23 @@ class OpInfo:
     compute: str  # "codes", "dequantized" or "float"
     epilogue: str  # what belongs to its output: "", "bias", "relu" or "bias, relu"
     why: str  # why it was left in float, where it cannot be quantized
+    observers: dict[str, str] = dataclasses.field(default_factory=dict)  # role -> observer
+
+    steps: tuple[int, ...] = ()  # lengths of the scans whose every step has quantizers of its own, outermost first
+
+    @property
+    def why_float(self) -> str:
+        """Why it is computed in float, whether it has to be or the recipe says so; empty where it is not."""
+        if self.why or self.compute != "float":
+            return self.why
+        if self.rule is None:
+            return "no rule matches"
+        roles = "input and weight" if self.weight else "lhs and rhs"
+        return f"the rule {self.rule!r} leaves {roles} in float"
 
 
-class OpTable(Sequence[OpInfo]):
-    """The ops in program order; prints as a table."""
+class OpTable(Sequence[OpInfo], TableLike):
+    """The ops in program order; prints as a table of 80 columns, and as HTML in a notebook."""
 
     def __init__(self, ops: Sequence[OpInfo]) -> None:
         self._ops = tuple(ops)
@@ -51,51 +65,106 @@ class OpTable(Sequence[OpInfo]):
         return iter(self._ops)
 
     def __repr__(self) -> str:
-        rows = [_HEADER] + [_row(op) for op in self._ops]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        return str(self)
+
+    def _table(self) -> Table:
+        legend = _Legend()
+        rows: list[tuple[str, ...]] = []
         for op in self._ops:
-            if op.quantizers:
-                lines.append(f"{op.name}: " + "; ".join(f"{role} {spec}" for role, spec in op.quantizers.items()))
-            if op.why:
-                lines.append(f"{op.name}: left in float: {op.why}")
-        return "\n".join(lines)
+            operands = {legend.word(op, role): None for role in ("input", "lhs", "rhs") if _has(op, role)}
+            weight, output = (legend.word(op, role) for role in ("weight", "output"))
+            rows.append((op.name, op.kind, _operands(op), " · ".join(operands), weight, output, op.compute))
+        if not rows:
+            return Table(_HEADER, (), ("no ops",))
+        return Table(_HEADER, tuple(rows), (*legend.notes(), *_steps(self._ops), *_reasons(self._ops)))
 
 
-def _row(op: OpInfo) -> tuple[str, ...]:
-    def shape(dims: tuple[int, ...] | None) -> str:
-        return "" if dims is None else "x".join(map(str, dims)) or "()"
+_HEADER = ("op", "kind", "operands", "input", "weight", "output", "compute")
 
-    return (
-        op.name,
-        op.kind,
-        shape(op.lhs_shape),
-        shape(op.rhs_shape),
-        op.weight or "-",
-        op.compute,
-        op.rule or "-",
-    )
+
+class _Legend:
+    """Short words for specs, which are too long for a column, and below the table what they stand for."""
+
+    def __init__(self) -> None:
+        self._words: dict[str, str] = {}  # spec and observer -> word
+
+    def word(self, op: OpInfo, role: str) -> str:
+        """What a cell says: the word of a spec, where the value comes from, or nothing."""
+        spec = op.quantizers.get(role)
+        if spec is None:
+            return "float" if _has(op, role) else ""
+        if spec.startswith(_FROM):
+            return "← " + spec.removeprefix(_FROM).removesuffix("/output")
+        meaning = spec + (f", {op.observers[role]}" if role in op.observers else "")
+        if meaning not in self._words:
+            format = spec.split()[0]
+            same = sum(word.split("#")[0] == format for word in self._words.values())
+            self._words[meaning] = f"{format}#{same + 1}" if same else format
+        return self._words[meaning]
+
+    def notes(self) -> list[str]:
+        """One line for each word."""
+        width = max(map(len, self._words.values()), default=0)
+        lines = [f"{word.ljust(width)}  {meaning}" for meaning, word in self._words.items()]
+        return ["", *lines] if lines else []
+
+
+def _has(op: OpInfo, role: str) -> bool:
+    """Whether the op has this role for a spec: those that cannot be quantized have none."""
+    if op.lhs_shape is None:
+        return False
+    return role in (("weight", "input", "output") if op.weight else ("lhs", "rhs", "output"))
+
+
+def _operands(op: OpInfo) -> str:
+    if op.lhs_shape is None or op.rhs_shape is None:
+        return ""
+    shapes = ["x".join(map(str, shape)) or "()" for shape in (op.lhs_shape, op.rhs_shape)]
+    if op.weight is not None:
+        shapes[("lhs", "rhs").index(op.weight)] += "(w)"
+    return " · ".join(shapes)
+
+
+def _steps(ops: Sequence[OpInfo]) -> list[str]:
+    by_steps: dict[tuple[int, ...], list[str]] = {}
+    for op in ops:
+        if op.steps and op.quantizers:
+            by_steps.setdefault(op.steps, []).append(op.name)
+    lines = [f"  {', '.join(names)}: each of {' x '.join(map(str, steps))} steps" for steps, names in by_steps.items()]
+    return ["", "quantizers of their own for each step of a scan", *lines] if lines else []
+
+
+def _reasons(ops: Sequence[OpInfo]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for op in ops:
+        if op.why_float:
+            reasons.setdefault(op.why_float, []).append(op.name)
+    return (["", "left in float"] if reasons else []) + [
+        f"  {', '.join(names)}: {why}" for why, names in reasons.items()
+    ]
 
 
 def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable:
     """Put together what tracing, the recipe and an abstract evaluation know of each op."""
     rows: list[OpInfo] = []
-    epilogues = _epilogues(traced)
+    epilogues, steps = _epilogues(traced), traced.graph.steps()
     for op in traced.graph.ops():
-        rule = recipe.rule_for(op.name)
+        rule = recipe.rule_for(op.name, op.kind)
         quantizers: dict[str, str] = {}
+        observers: dict[str, str] = {}
         for index in (0, 1):
             role = operand_role(op, index)
             origin = interpreter.inputs[op.name][index]
-            own = interpreter.observed.get(f"{op.name}/{role}")
-            if own is not None:
-                quantizers[role] = str(own[0].spec)
+            own = None if rule is None else rule.observer(role)
+            if own is not None and f"{op.name}/{role}" in interpreter.observed:
+                quantizers[role] = str(own.spec)  # in the words of the rule, the same for every layout
+                observers[role] = describe(own)
             elif origin != "float":
                 quantizers[role] = f"from {origin}"
-        output = interpreter.observed.get(f"{op.name}/output")
-        if output is not None:
-            quantizers["output"] = str(output[0].spec)
+        output = None if rule is None else rule.output_observer
+        if output is not None and f"{op.name}/output" in interpreter.observed:
+            quantizers["output"] = str(output.spec)
+            observers["output"] = describe(output)
         rows.append(
             OpInfo(
                 name=op.name,
@@ -110,6 +179,8 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
                 compute=interpreter.computed[op.name],
                 epilogue=epilogues.get(op.name, ""),
                 why="",
+                observers=observers,
+                steps=steps[op.name],
             )
         )
     for name, kind, why in traced.unquantized:
@@ -119,11 +190,8 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
 
 def _epilogues(traced: Trace) -> dict[str, str]:
     found: dict[str, str] = {}
-    graphs = [traced.graph]
-    while graphs:
-        graph = graphs.pop()
+    for graph in traced.graph.all():
         for name, epilogue in graph.epilogues.items():
             words = ["bias"] * (epilogue.bias is not None) + ["relu"] * epilogue.relu
             found[name] = ", ".join(words)
-        graphs.extend(node.body for node in graph.nodes if node.body is not None)
     return found

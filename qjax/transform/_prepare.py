@@ -10,6 +10,7 @@ import numpy as np
 
 from qjax._qparams import is_concrete
 from qjax._quantize import QTensor
+from qjax.transform._calls import op_of
 from qjax.transform._interpret import Compute, Interpreter, Mode, Plan
 from qjax.transform._ops import OpTable, op_table
 from qjax.transform._recipe import Recipe
@@ -29,14 +30,22 @@ class QuantVars(NamedTuple):
 def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, compute: Compute = "codes") -> Prepared:
     """Quantize a JAX function by rewriting its jaxpr: no edits to the model, no layer classes to swap in.
 
-    The function is traced at every call and its dots and convolutions are evaluated as the recipe says. Those at top
-    level and inside `jit`, `jax.checkpoint` and `jax.custom_jvp` are quantized; those inside other calls (scan, while,
-    cond, custom_vjp, kernels) are left in float and listed by `prepared.ops`. A custom_jvp function keeps its author's
-    derivative rule, evaluated in float.
+    The function is traced at every call and its dots and convolutions are evaluated as the recipe says, those inside `jit`,
+    `jax.checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `cond`, `switch`, `while_loop` and `fori_loop` included. Those inside
+    anything else (`shard_map`, `custom_linear_solve`) are left in float and listed by `prepared.ops`, as are calls that cannot
+    be looked into (Pallas, FFI, callbacks). A function with a derivative rule of its own keeps that rule, evaluated in float.
 
-    An operand is a weight when it comes from a leaf of argument `params_argnum` through layout- and dtype-changing
-    primitives alone. An op is named after the path of its weight without the last part (`Dense_0`), or after the scope it
-    is traced in; a second op of the same name is called `Dense_0:1`.
+    An operand is a weight when it comes from a leaf of argument `params_argnum` through primitives that move, pick or cast
+    elements alone: slices, also those of a scan, indexing with constants, concatenation, sharding constraints. What is picked
+    by an index that depends on the arguments (an embedding, or `w[i]` in a `fori_loop`) is an activation; so is a carry that a
+    loop changes. An op is named after the path of its weight without the last part (`Dense_0`), or after the scope it is
+    traced in; a second op of the same name is called `Dense_0:1`.
+
+    In a scan that slices the weight of an op, each step is a layer: the state of that op's quantizers, and of those of ops
+    between activations, is stacked by step. In any other scan, over time for one, and in a while, an op has one state, which
+    the loop carries, as that of a layer which is called at each step: the state is the same at every length. (Its moving
+    average moves at each step, too. A recurrent state that starts at zero makes its range start there: `observers.min_max`, or
+    a larger averaging_constant, finds the range sooner.) Of a cond only the branch that is taken observes anything.
 
     With `compute="codes"` an op whose two operands are quantized multiplies integer codes, which is exact, and rescales
     once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the
@@ -104,16 +113,20 @@ class Prepared:
         Raises:
           RecipeError: A rule matches no op.
         """
-        interpreter = self._abstract(args)
+        traced, interpreter = self._abstract(args)
         self.signature = shapes_of(tuple(args))
-        quantizers = interpreter.spare | interpreter.observed
+        quantizers, steps = interpreter.spare | interpreter.observed, traced.graph.steps()
 
         @jax.jit  # what is observed is never made: its shape is all that an observer's init looks at
         def init() -> dict[str, Any]:
-            return {
-                key: observer.init(jax.numpy.zeros(seen.shape, seen.dtype))
-                for key, (observer, seen) in quantizers.items()
-            }
+            states: dict[str, Any] = {}
+            for key, (observer, seen) in quantizers.items():
+                one = observer.init(jax.numpy.zeros(seen.shape, seen.dtype))
+                stack = steps[op_of(key)]
+                states[key] = jax.tree.map(
+                    lambda leaf, stack=stack: jax.numpy.broadcast_to(leaf, stack + leaf.shape), one
+                )
+            return states
 
         return QuantVars({}, init())
 
@@ -137,12 +150,38 @@ class Prepared:
         return out, qvars if mode == "eval" else QuantVars(qvars.params, {**qvars.state, **updates})
 
     def codes(self, qvars: QuantVars, *args: Any) -> dict[str, QTensor]:
-        """Return the integer codes at every quantizer in "eval" mode, by `"op/weight"`, `"op/input"` and `"op/output"`."""
-        return self._evaluate(qvars, args, "eval")[2]
+        """Return the integer codes at every quantizer in "eval" mode, by `"op/weight"`, `"op/input"` and `"op/output"`.
+
+        Codes in a scan are stacked by step, scale and zero_point with them; of a weight that all steps share there is one.
+        In a while they are those of the last step. Where no step and no branch was run, codes and scales are zeros.
+        """
+        return self._evaluate(qvars, args, "eval", keeps_codes=True)[2]
 
     def ops(self, *args: Any) -> OpTable:
-        """Return the table of the ops of fn: what each is called, is, and what the recipe makes of it; shapes only matter."""
-        return op_table(self.trace(*args), self.recipe, self._abstract(args))
+        """Return the table of the ops of fn: what each is called, is, and what the recipe makes of it; shapes only matter.
+
+        Printed it fits 80 columns, and a notebook and `rich` show tables of their own; for programs it is a sequence of
+        `OpInfo`. Below the rows it says what each spec is, and why what was left in float was.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, qjax
+          >>> def fn(params, x):
+          ...     return jax.nn.relu(x @ params["fc1"]["w"]) @ params["head"]["w"]
+          >>> params = {name: {"w": jnp.eye(4)} for name in ("fc1", "head")}
+          >>> prepared = qjax.prepare(fn, qjax.recipes.w4a16(group_size=4) + [qjax.Rule("head")])
+          >>> print(prepared.ops(params, jnp.ones((2, 4))))
+          op    kind  operands      input  weight  output  compute
+          ────  ────  ────────────  ─────  ──────  ──────  ───────────
+          fc1   dot   2x4 · 4x4(w)  float  int4    float   dequantized
+          head  dot   2x4 · 4x4(w)  float  float   float   float
+          <BLANKLINE>
+          int4  int4 symmetric per_group(contracted,4) compressed_tensors, dynamic
+          <BLANKLINE>
+          left in float
+            head: the rule 'head' leaves input and weight in float
+        """
+        traced, interpreter = self._abstract(args)
+        return op_table(traced, self.recipe, interpreter)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -166,7 +205,7 @@ class Prepared:
             return self.fn(*jax.tree.unflatten(in_tree, whole))
 
         traced = trace(call, self.params_argnum, dynamic)
-        self.recipe.check([op.name for op in traced.graph.ops()], traced.unquantized)
+        self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
         return traced
 
     @staticmethod
@@ -177,14 +216,14 @@ class Prepared:
             leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jax.numpy.asarray(leaf) for leaf in leaves
         ]
 
-    def _abstract(self, args: Sequence[Any]) -> Interpreter:
+    def _abstract(self, args: Sequence[Any]) -> tuple[Trace, Interpreter]:
         traced = self.trace(*args)
-        interpreter = Interpreter(Plan(self.recipe, "init", self.compute), {})
+        interpreter = Interpreter(Plan(self.recipe.bind(traced), "init", self.compute), {})
         interpreter.run_abstractly(traced.graph, self.array_leaves(args))
-        return interpreter
+        return traced, interpreter
 
     def _evaluate(
-        self, qvars: QuantVars, args: Sequence[Any], mode: str
+        self, qvars: QuantVars, args: Sequence[Any], mode: str, *, keeps_codes: bool = False
     ) -> tuple[Any, dict[str, Any], dict[str, QTensor]]:
         if mode not in get_args(CallMode):
             raise ValueError(
@@ -196,7 +235,9 @@ class Prepared:
                 "Call prepared(qvars, params, x)."
             )
         traced = self.trace(*args)
-        interpreter = Interpreter(Plan(self.recipe, cast(Mode, mode), self.compute), qvars.state)
+        interpreter = Interpreter(
+            Plan(self.recipe.bind(traced), cast(Mode, mode), self.compute, keeps_codes), qvars.state
+        )
         outputs = interpreter.run(traced.graph, self.array_leaves(args))
         if mode == "eval":
             self.signature = shapes_of(tuple(args))
@@ -212,12 +253,13 @@ def check_calibrated(interpreter: Interpreter, qvars: QuantVars) -> None:
         if state is None or observer.dynamic or not is_concrete(*jax.tree.leaves(state)):
             continue
         with jax.ensure_compile_time_eval():  # under jit, too, what is concrete can be looked at
-            calibrated = bool(observer.is_calibrated(state))
+            calibrated = bool(observer.is_calibrated(state).all())  # for each step of a scan, where it is stacked
         if not calibrated:
             op, _, role = key.rpartition("/")
             raise ValueError(
                 f"prepared: the {role} of {op} has observed nothing, so it has no range to quantize with. Run some batches "
-                'with mode="calibrate" or mode="train" first.'
+                'with mode="calibrate" or mode="train" first; where the op stands in a cond or a while, a batch that takes its '
+                "branch."
             )
 
 

@@ -36,10 +36,13 @@ def unit_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> j
         assert value.qparams is not None
         scale = value.qparams.scale
         if isinstance(value.spec.granularity, PerChannel):
-            axis = op.output_axis(operand, value.spec.granularity.axes[0] % ndims[operand], ndims)
-            if axis is None:
+            axes = [op.output_axis(operand, axis % ndims[operand], ndims) for axis in value.spec.granularity.axes]
+            if None in axes:
                 return None
-            scale = scale.reshape(tuple(-1 if i == axis else 1 for i in range(out_ndim)))
+            places = [axis for axis in axes if axis is not None]
+            scale = scale.transpose(sorted(range(len(places)), key=lambda i: places[i]))
+            sizes = dict(zip(sorted(places), scale.shape, strict=True))
+            scale = scale.reshape(tuple(sizes.get(i, 1) for i in range(out_ndim)))
         factors.append(scale)
     return lax.stop_gradient(factors[0] * factors[1])
 

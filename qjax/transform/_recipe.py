@@ -1,100 +1,25 @@
-"""What to do: rules that match op names, and the recipe that holds them."""
+"""Recipes: rules in order, as a table, as JSON, and bound to the ops of one function."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from qjax import observers
-from qjax._spec import QuantSpec
+from qjax._granularity import is_named, resolve
 from qjax.observers import Observer
-
-Role = QuantSpec | Observer | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How the ops whose name matches are quantized.
-
-    Each role takes a `QuantSpec`, an observer (which brings its spec along), or None to leave that tensor in float.
-
-    Args:
-      pattern: A regular expression that has to match the whole name of the op, such as `"Dense_2"` or `"Conv_.*"`.
-      weight: For the operand that comes from the parameters. A spec is observed by `observers.dynamic`: the range is that
-        of the weight as it is.
-      input: For the other operand, and for both operands of an op between two activations. A spec is observed by
-        `observers.moving_average_min_max`. A value that another op's `output` has already quantized is taken as it is.
-      output: For what the op gives out: its result with its bias added and, if that is all that happens to it, its ReLU
-        applied, as torch's fused modules have it. A spec is observed by `observers.moving_average_min_max`.
-
-    Raises:
-      TypeError: A role is neither a spec nor an observer nor None.
-      ValueError: The pattern is not a regular expression.
-
-    Examples:
-      >>> import qjax
-      >>> w8 = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(-1))
-      >>> a8 = qjax.observers.min_max(qjax.QuantSpec(qjax.uint8))
-      >>> rule = qjax.Rule("Dense_.*", weight=w8, input=a8)
-      >>> rule.matches("Dense_0"), rule.matches("MyDense_0")
-      (True, False)
-    """
-
-    pattern: str
-    _: dataclasses.KW_ONLY
-    weight: Role = None
-    input: Role = None
-    output: Role = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str):
-            raise TypeError(f"Rule: pattern must be a str, got {self.pattern!r} of type {type(self.pattern).__name__}.")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"Rule: pattern {self.pattern!r} is not a regular expression: {error}.") from error
-        for role in ("weight", "input", "output"):
-            value = getattr(self, role)
-            if not isinstance(value, QuantSpec | Observer | None):
-                raise TypeError(
-                    f"Rule({self.pattern!r}): {role} must be a QuantSpec, an observer or None, got {value!r} of type "
-                    f"{type(value).__name__}."
-                )
-
-    def matches(self, name: str) -> bool:
-        """Whether the rule takes the op of this name."""
-        return re.fullmatch(self.pattern, name) is not None
-
-    def observer(self, role: str) -> Observer | None:
-        """The observer of a role: "weight", "output", or "input", which "lhs" and "rhs" share."""
-        if role == "weight":
-            return self.weight_observer
-        return self.output_observer if role == "output" else self.input_observer
-
-    @property
-    def weight_observer(self) -> Observer | None:
-        """The observer of the weight."""
-        return observers.dynamic(self.weight) if isinstance(self.weight, QuantSpec) else self.weight
-
-    @property
-    def input_observer(self) -> Observer | None:
-        """The observer of the input."""
-        return observers.moving_average_min_max(self.input) if isinstance(self.input, QuantSpec) else self.input
-
-    @property
-    def output_observer(self) -> Observer | None:
-        """The observer of the output."""
-        return observers.moving_average_min_max(self.output) if isinstance(self.output, QuantSpec) else self.output
-
-
-class RecipeError(ValueError):
-    """A recipe that does not fit the function; the message lists the ops that there are."""
+from qjax.transform import _recipe_json
+from qjax.transform._rule import ROLES, RecipeError, Rule
+from qjax.transform._table import Table, TableLike
+from qjax.transform._trace import Op, Trace, operand_role
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(TableLike):
     """Rules in order; the last one that matches an op decides all of its roles.
+
+    Recipes are values: they compare equal when their rules do, hash, and are static under `jit`. `print(recipe)` shows a table
+    of 80 columns, a notebook and `rich` one of their own. `to_json` and `from_json` carry one between programs. `recipe +
+    [rule]` adds rules behind those there are, which is how one departs from a ready-made recipe of `qjax.recipes`.
 
     Args:
       rules: The rules. Each must match at least one op of the function that is prepared.
@@ -108,6 +33,15 @@ class Recipe:
       >>> recipe = qjax.Recipe([qjax.Rule(".*", weight=w8), qjax.Rule("Dense_2", weight=None)])
       >>> recipe.rule_for("Dense_2").weight is None
       True
+      >>> print(recipe)
+      rule     kind  role    spec                            observer
+      ───────  ────  ──────  ──────────────────────────────  ────────
+      .*       any   weight  int8 symmetric per_channel(-1)  dynamic
+                     input   float
+                     output  float
+      Dense_2  any   all     float
+      >>> qjax.Recipe.from_json(recipe.to_json()) == recipe
+      True
     """
 
     rules: tuple[Rule, ...]
@@ -120,19 +54,110 @@ class Recipe:
             if not isinstance(rule, Rule):
                 raise TypeError(f"Recipe: expected Rule objects, got {rule!r} of type {type(rule).__name__}.")
 
-    def rule_for(self, name: str) -> Rule | None:
-        """The rule that takes the op of this name."""
-        return next((rule for rule in reversed(self.rules) if rule.matches(name)), None)
+    def __add__(self, other: Recipe | Iterable[Rule]) -> Recipe:
+        """The rules of both, those of other last, so that they decide."""
+        if isinstance(other, Rule) or not isinstance(other, Iterable | Recipe):
+            return NotImplemented
+        return Recipe((*self.rules, *(other.rules if isinstance(other, Recipe) else other)))
 
-    def check(self, names: Sequence[str], unquantized: Sequence[tuple[str, str, str]]) -> None:
-        """Raise `RecipeError` when a rule matches none of the ops that can be quantized."""
+    def rule_for(self, name: str, kind: str | None = None) -> Rule | None:
+        """The rule that takes the op of this name and kind; without a kind, of the rules that ask for none."""
+        return next((rule for rule in reversed(self.rules) if rule.matches(name, kind)), None)
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON text that `from_json` reads back to an equal one.
+
+        Formats go by their names (`"int8"`, `"nf4"`) or, where they have none, by their fields; an observer goes by the name
+        of its function in `qjax.observers` and all of its fields. A field of a spec that has its default is left out.
+
+        Raises:
+          TypeError: An observer, or a value of one, that is not qjax's own.
+        """
+        return _recipe_json.write(self.rules)
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """Read a recipe from the text that `to_json` made, or that was written by hand.
+
+        The text may come from anyone: it is data, of bounded size, and whatever is wrong with it is a `RecipeError`.
+
+        Raises:
+          TypeError: text is not a str.
+          RecipeError: The text is no recipe; says what came, where, what was expected and the likely mend.
+
+        Examples:
+          >>> import qjax
+          >>> qjax.Recipe.from_json('{"schema": "qjax.recipe", "version": 1, "rules": [{"pattern": ".*", "wieght": null}]}')
+          Traceback (most recent call last):
+          qjax.transform._rule.RecipeError: Recipe.from_json: rules[0]: unknown field 'wieght'; the fields are pattern, kind,
+          weight, input, lhs, rhs, output. Did you mean 'weight'?
+        """
+        return Recipe(_recipe_json.read(text))
+
+    def check(self, ops: Sequence[tuple[str, str]], unquantized: Sequence[tuple[str, str, str]]) -> None:
+        """Raise `RecipeError` when a rule matches none of the ops, (name, kind), that can be quantized."""
         for rule in self.rules:
-            if any(rule.matches(name) for name in names):
+            if any(rule.matches(name, kind) for name, kind in ops):
                 continue
-            lines = [f"  {name}" for name in names] or ["  (none)"]
+            asked = "" if rule.kind is None else f", and the op has to be of kind {rule.kind!r}"
+            lines = [f"  {name}" if rule.kind is None else f"  {name} ({kind})" for name, kind in ops] or ["  (none)"]
             if unquantized:
                 lines += ["These are left in float:", *(f"  {name}: {why}" for name, _, why in unquantized)]
             raise RecipeError(
-                f"Rule({rule.pattern!r}) matches no op. A pattern has to match the whole name. The ops are:\n"
+                f"{rule.selects} matches no op. A pattern has to match the whole name{asked}. The ops are:\n"
                 + "\n".join(lines)
             )
+
+    def bind(self, traced: Trace) -> BoundRecipe:
+        """Return the rule of each op of a function; `check` says whether every rule has one."""
+        rules = {op.name: self.rule_for(op.name, op.kind) for op in traced.graph.ops()}
+        return BoundRecipe({name: rule for name, rule in rules.items() if rule is not None})
+
+    def _table(self) -> Table:
+        rows: list[tuple[str, ...]] = []
+        for rule in self.rules:
+            start = (rule.pattern, rule.kind or "any")
+            same = [role for role in ("lhs", "rhs") if getattr(rule, role) == "input"]
+            if all(rule.observer(role) is None for role in ROLES):
+                rows.append((*start, "all", "float", ""))
+                continue
+            for role in ROLES:
+                if role in same:
+                    continue
+                observer = rule.observer(role)
+                spec, name = ("float", "") if observer is None else (str(observer.spec), describe(observer))
+                rows.append((*start, role, spec, name))
+                start = ("", "")
+        return Table(("rule", "kind", "role", "spec", "observer"), tuple(rows), () if rows else ("no rules",))
+
+
+def describe(observer: Observer) -> str:
+    """An observer by its public name, with the fields that are not their defaults."""
+    fields = [field for field in dataclasses.fields(observer) if field.name != "spec"]
+    set_fields = [f for f in fields if getattr(observer, f.name) != f.default]
+    arguments = ", ".join(f"{f.name}={getattr(observer, f.name)!r}" for f in set_fields)
+    name = _recipe_json.observer_name(type(observer)) or type(observer).__name__
+    return f"{name}({arguments})" if arguments else name
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundRecipe:
+    """A recipe that has met the ops of one function: the rule of each."""
+
+    rules: Mapping[str, Rule]
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The rule that takes the op of this name."""
+        return self.rules.get(name)
+
+    def observer(self, op: Op, index: int) -> Observer | None:
+        """The observer of an operand, with the axes that its spec names after the op in place."""
+        rule = self.rules.get(op.name)
+        role = operand_role(op, index)
+        observer = None if rule is None else rule.observer(role)
+        if observer is None or not is_named(observer.spec.granularity):
+            return observer
+        caller = f"prepare ({op.name}/{role})"
+        output, contracted = op.contraction.named_axes(index, len(op.shapes[index]))
+        granularity = resolve(observer.spec.granularity, output, contracted, caller)
+        return dataclasses.replace(observer, spec=observer.spec.replace(granularity=granularity))

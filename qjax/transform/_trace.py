@@ -12,31 +12,13 @@ import jax.numpy as jnp
 
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
-
-#: Primitives that pick, move or cast elements: what they make of a weight is still that weight.
-WEIGHT_PRESERVING = frozenset(
-    {
-        "broadcast_in_dim",
-        "concatenate",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "expand_dims",
-        "reduce_precision",
-        "reshape",
-        "rev",
-        "sharding_constraint",
-        "slice",
-        "split",
-        "squeeze",
-        "transpose",
-    }
-)
+from qjax.transform._weights import Known, Path, into_bodies, only_moves, through
 
 _OPS = frozenset({"dot_general", "conv_general_dilated"})
+_BECAUSE = {"shard_map": ": each shard would see statistics of its own"}
 _SHORT_KIND = {"dot_general": "dot", "conv_general_dilated": "conv"}
-
-Path = tuple[str, ...]
+#: Calls of something that is no jaxpr: nothing is known of what they compute.
+_OPAQUE = frozenset({"ffi_call", "io_callback", "pallas_call", "pure_callback"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +42,7 @@ class Op:
     path: Path | None  # of the parameter that the weight is
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # lhs, rhs, output
     dtypes: tuple[Any, Any]  # lhs, rhs
+    sliced_by: frozenset[int] = frozenset()  # the scans whose every step takes another slice of the weight
 
 
 def operand_role(op: Op, index: int) -> str:
@@ -71,19 +54,30 @@ def operand_role(op: Op, index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One equation, or one call whose body holds ops."""
+    """One equation, or one call whose bodies hold ops."""
 
     eqn: Any
     inputs: tuple[Operand, ...]
     outputs: tuple[int, ...]
     op: Op | None = None
-    body: Graph | None = None
+    bodies: tuple[Graph, ...] = ()
+    per_step: frozenset[str] = (
+        frozenset()
+    )  # the ops of a scan that have a quantizer for each step; others have one for all
+    loop: int | None = None  # what `sliced_by` calls the scan
     is_relu: bool = False
 
-    @property
-    def passes_structure(self) -> bool:
-        """Whether values keep their codes across the call; a custom derivative rule wants plain floats."""
-        return self.body is None or not _jaxpr.is_custom_jvp(self.eqn)
+    def calls(self, values: Sequence[Any]) -> Iterator[tuple[Graph, list[Any]]]:
+        """Each body with those of the values, one for each input of the node, that it takes; a scan slices some of them."""
+        for graph, body in zip(self.bodies, _jaxpr.bodies(self.eqn) if self.bodies else (), strict=True):
+            yield graph, [values[operand] for operand in body.operands]
+
+    def ops(self) -> Iterator[Op]:
+        """The ops of the node, those in bodies included."""
+        if self.op is not None:
+            yield self.op
+        for body in self.bodies:
+            yield from body.ops()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +87,12 @@ class Epilogue:
     end: int  # the value that the op gives out
     bias: int | None  # the value that is added
     relu: bool
+    sliced_by: frozenset[int] = frozenset()  # the scans whose every step takes another slice of the bias
 
 
 @dataclasses.dataclass
 class Graph:
-    """A traced function: `jit` is inlined where it matters; remat and custom_jvp that hold ops have a body of their own."""
+    """A traced function: `jit` is inlined where it matters; other calls that hold ops have bodies of their own."""
 
     inputs: list[int]
     constants: list[tuple[int, Any]]
@@ -106,6 +101,23 @@ class Graph:
     weights: dict[int, Path]  # values that come from a parameter, and which
     broadcasts: dict[int, tuple[int, tuple[int, ...]]]  # value -> (what was broadcast, its dimensions)
     epilogues: dict[str, Epilogue]  # by op name
+    sliced_by: dict[int, frozenset[int]]  # weights that scans slice, and which scans those are
+    fixed: set[int]  # values that do not depend on the arguments
+
+    def known(self, operand: Operand) -> Known:
+        """What is known of a value before it is computed."""
+        if isinstance(operand, Constant):
+            return Known(fixed=True)
+        return Known(self.weights.get(operand), self.sliced_by.get(operand, frozenset()), operand in self.fixed)
+
+    def learn(self, value: int, known: Known) -> None:
+        """Keep what is known of a value."""
+        if known.path is not None:
+            self.weights[value] = known.path
+        if known.sliced_by:
+            self.sliced_by[value] = known.sliced_by
+        if known.fixed:
+            self.fixed.add(value)
 
     def consumers(self) -> dict[int, list[Node | None]]:
         """The nodes that use each value; None stands for being an output of the graph."""
@@ -122,10 +134,27 @@ class Graph:
     def ops(self) -> Iterator[Op]:
         """Every op in program order, those in bodies included."""
         for node in self.nodes:
-            if node.op is not None:
-                yield node.op
-            if node.body is not None:
-                yield from node.body.ops()
+            yield from node.ops()
+
+    def all(self) -> Iterator[Graph]:
+        """The graph and, recursively, the bodies of the calls in it."""
+        yield self
+        for node in self.nodes:
+            for body in node.bodies:
+                yield from body.all()
+
+    def steps(self) -> dict[str, tuple[int, ...]]:
+        """How often the quantizers of each op are there: lengths of the scans that have one for each step, outermost first."""
+        found: dict[str, tuple[int, ...]] = {}
+        for node in self.nodes:
+            inner: dict[str, tuple[int, ...]] = {} if node.op is None else {node.op.name: ()}
+            for body in node.bodies:
+                inner |= body.steps()
+            found |= {
+                name: ((_jaxpr.scan(node.eqn).length,) if name in node.per_step else ()) + steps
+                for name, steps in inner.items()
+            }
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +176,7 @@ def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any]) -> Tr
 
     jaxpr, consts, out_tree = _jaxpr.trace(call, *flat)
     builder = _Builder()
-    graph = builder.graph(jaxpr, consts, [paths.get(i) for i in range(len(flat))], scope="")
+    graph = builder.graph(jaxpr, consts, [Known(paths.get(i)) for i in range(len(flat))], scope="")
     return Trace(graph, out_tree, builder.unquantized)
 
 
@@ -187,15 +216,14 @@ class _Builder:
         self._names[name] += 1
         return name if self._names[name] == 1 else f"{name}:{self._names[name] - 1}"
 
-    def graph(self, jaxpr: Any, consts: Sequence[Any], paths: Sequence[Path | None], *, scope: str) -> Graph:
-        graph = Graph([], [], [], [], {}, {}, {})
+    def graph(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Known], *, scope: str) -> Graph:
+        graph = Graph([], [], [], [], {}, {}, {}, {}, set())
         env: dict[Any, Operand] = {}
-        for var, path in zip(jaxpr.invars, paths, strict=True):
+        for var, known in zip(jaxpr.invars, inputs, strict=True):
             value = self._new()
             env[var] = value
             graph.inputs.append(value)
-            if path is not None:
-                graph.weights[value] = path
+            graph.learn(value, known)
         self._add_body(graph, jaxpr, consts, env, scope)
         graph.outputs = [self._read(env, atom) for atom in jaxpr.outvars]
         graph.epilogues = _find_epilogues(graph)
@@ -210,38 +238,52 @@ class _Builder:
             value = self._new()
             env[var] = value
             graph.constants.append((value, const))
+            graph.fixed.add(value)
         for eqn in jaxpr.eqns:
             inputs = tuple(self._read(env, atom) for atom in eqn.invars)
             inner_scope = "/".join(filter(None, (scope, _jaxpr.name_stack(eqn))))
-            called = _jaxpr.body(eqn)
-            if called is not None and _jaxpr.is_jit(eqn) and (_holds_op(called[0]) or _only_moves(called[0])):
-                inner: dict[Any, Operand] = dict(zip(called[0].invars, inputs, strict=True))
-                self._add_body(graph, called[0], called[1], inner, inner_scope)
-                env.update(zip(eqn.outvars, (self._read(inner, atom) for atom in called[0].outvars), strict=True))
+            bodies = _jaxpr.bodies(eqn)
+            if _jaxpr.is_jit(eqn) and (_holds_op(bodies[0].jaxpr) or only_moves(bodies[0].jaxpr)):
+                inner: dict[Any, Operand] = dict(zip(bodies[0].jaxpr.invars, inputs, strict=True))
+                self._add_body(graph, bodies[0].jaxpr, bodies[0].consts, inner, inner_scope)
+                env.update(zip(eqn.outvars, (self._read(inner, atom) for atom in bodies[0].jaxpr.outvars), strict=True))
                 continue
             outputs = tuple(self._new() for _ in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            graph.nodes.append(self._node(graph, eqn, inputs, outputs, called, inner_scope))
+            graph.nodes.append(self._node(graph, eqn, inputs, outputs, inner_scope))
 
-    def _node(
-        self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], called: Any, scope: str
-    ) -> Node:
-        if called is not None and _holds_op(called[0]):
-            paths = [graph.weights.get(value) if isinstance(value, int) else None for value in inputs]
-            body = self.graph(called[0], called[1], paths, scope=scope)
-            return Node(eqn, inputs, outputs, body=body)
+    def _node(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], scope: str) -> Node:
+        if any(_holds_op(body.jaxpr) for body in _jaxpr.bodies(eqn)):
+            return self._call(graph, eqn, inputs, outputs, scope)
         if eqn.primitive.name in _OPS:
             op, why = self._op(graph, eqn, inputs, scope)
             if op is None:
                 kind = _SHORT_KIND[eqn.primitive.name]
                 self.unquantized.append((self._unique(scope or kind), kind, why))
             return Node(eqn, inputs, outputs, op=op)
-        if called is None:
-            for kind in _ops_inside(eqn):
-                name = self._unique("/".join(filter(None, (scope, eqn.primitive.name, kind))))
-                self.unquantized.append((name, kind, f"inside {eqn.primitive.name}, which is not rewritten"))
-        self._propagate(graph, eqn, inputs, outputs)
+        for parts, kind, why in _left_alone(eqn):
+            self.unquantized.append((self._unique("/".join(filter(None, (scope, *parts)))), kind, why))
+        for value, known in zip(outputs, through(eqn, [graph.known(value) for value in inputs]), strict=True):
+            graph.learn(value, known)
+        dimensions = _jaxpr.broadcast_dimensions(eqn)
+        if dimensions is not None and isinstance(inputs[0], int) and inputs[0] in graph.weights:
+            graph.broadcasts[outputs[0]] = (inputs[0], dimensions)
         return Node(eqn, inputs, outputs, is_relu=_is_relu(eqn))
+
+    def _call(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], scope: str) -> Node:
+        loop = self._new()
+        known = into_bodies(eqn, [graph.known(value) for value in inputs], loop)
+        bodies = tuple(
+            self.graph(body.jaxpr, body.consts, inside, scope=scope)
+            for body, inside in zip(_jaxpr.bodies(eqn), known, strict=True)
+        )
+        node = Node(eqn, inputs, outputs, bodies=bodies, loop=loop)
+        # A scan that slices the weight of an op is a stack of layers, and so are its ops between activations. In any other
+        # scan, over time for one, all steps are the same layer.
+        ops = list(node.ops())
+        layers = {op.name for op in ops if loop in op.sliced_by}
+        between = {op.name for op in ops if op.weight is None} if layers else set()
+        return dataclasses.replace(node, per_step=frozenset(layers | between))
 
     def _op(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], scope: str) -> tuple[Op | None, str]:
         kind = _SHORT_KIND[eqn.primitive.name]
@@ -250,7 +292,8 @@ class _Builder:
             return None, f"operands are {' and '.join(str(aval.dtype) for aval in avals)}"
         if any(isinstance(value, Constant) for value in inputs):
             return None, "an operand is a scalar constant"
-        paths = [graph.weights.get(value) if isinstance(value, int) else None for value in inputs]
+        known = [graph.known(value) for value in inputs]
+        paths = [each.path for each in known]
         if all(path is not None for path in paths):
             return None, "both operands are weights"
         weight = next((i for i, path in enumerate(paths) if path is not None), None)
@@ -260,53 +303,30 @@ class _Builder:
         name = _op_path_name(path) if path else (scope or kind)
         shapes = (avals[0].shape, avals[1].shape, eqn.outvars[0].aval.shape)
         dtypes = (avals[0].dtype, avals[1].dtype)
-        return Op(self._unique(name or kind), kind, contraction, weight, path, shapes, dtypes), ""
-
-    @staticmethod
-    def _propagate(graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...]) -> None:
-        if eqn.primitive.name not in WEIGHT_PRESERVING or not inputs or not isinstance(inputs[0], int):
-            return
-        paths = [graph.weights.get(value) if isinstance(value, int) else None for value in inputs]
-        known = [path for path in paths if path is not None]
-        if len(known) == len(paths):
-            graph.weights.update(dict.fromkeys(outputs, known[0] if len(set(known)) == 1 else _common_path(known)))
-        dimensions = _jaxpr.broadcast_dimensions(eqn)
-        if dimensions is not None:
-            graph.broadcasts[outputs[0]] = (inputs[0], dimensions)
-
-
-def _common_path(paths: Sequence[Path]) -> Path:
-    """Concatenated weights are named after what their paths share, with a last part that stands for all of them."""
-    shared: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) != 1:
-            break
-        shared.append(parts[0])
-    return (*shared, "concatenated")
+        sliced_by = frozenset() if weight is None else known[weight].sliced_by
+        return Op(self._unique(name or kind), kind, contraction, weight, path, shapes, dtypes, sliced_by), ""
 
 
 def _holds_op(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name in _OPS or (_jaxpr.body(eqn) is not None and _holds_op(_jaxpr.body(eqn)[0]))  # type: ignore[index]
-        for eqn in jaxpr.eqns
+        eqn.primitive.name in _OPS or any(_holds_op(body.jaxpr) for body in _jaxpr.bodies(eqn)) for eqn in jaxpr.eqns
     )
 
 
-def _only_moves(jaxpr: Any) -> bool:
-    """Whether a weight is still that weight behind it, as behind the `jit` that `jnp.flip` and others wrap themselves in."""
-    return all(
-        eqn.primitive.name in WEIGHT_PRESERVING
-        or (_jaxpr.is_jit(eqn) and all(map(_only_moves, _jaxpr.inner_jaxprs(eqn))))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _ops_inside(eqn: Any) -> Iterator[str]:
+def _left_alone(eqn: Any) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """What an equation that is not rewritten hides: parts of a name, kind, and why it is left in float."""
+    name = eqn.primitive.name
+    if name in _OPAQUE:
+        yield (name,), name, "an opaque call: what it computes is not known"
+        return
     for inner in _jaxpr.inner_jaxprs(eqn):
         for inner_eqn in inner.eqns:
             if inner_eqn.primitive.name in _OPS:
-                yield _SHORT_KIND[inner_eqn.primitive.name]
-            yield from _ops_inside(inner_eqn)
+                kind = _SHORT_KIND[inner_eqn.primitive.name]
+                yield (name, kind), kind, f"inside {name}, which is not rewritten{_BECAUSE.get(name, '')}"
+            else:
+                for parts, kind, why in _left_alone(inner_eqn):
+                    yield (name, *parts), kind, why
 
 
 def _is_relu(eqn: Any) -> bool:
@@ -314,10 +334,10 @@ def _is_relu(eqn: Any) -> bool:
     if eqn.primitive.name == "max":
         literals = [atom for atom in eqn.invars if _jaxpr.is_literal(atom)]
         return len(literals) == 1 and float(literals[0].val) == 0.0
-    called = _jaxpr.body(eqn)
-    if called is None or len(called[0].eqns) != 1 or len(eqn.invars) != 1:
+    if _jaxpr.call_kind(eqn) not in ("jit", "remat", "custom_jvp") or len(eqn.invars) != 1:
         return False
-    return _is_relu(called[0].eqns[0]) and list(called[0].outvars) == list(called[0].eqns[0].outvars)
+    ((body, _, _),) = _jaxpr.bodies(eqn)
+    return len(body.eqns) == 1 and _is_relu(body.eqns[0]) and list(body.outvars) == list(body.eqns[0].outvars)
 
 
 def _find_epilogues(graph: Graph) -> dict[str, Epilogue]:
@@ -341,7 +361,8 @@ def _find_epilogues(graph: Graph) -> dict[str, Epilogue]:
             elif _jaxpr.new_dtype(user.eqn) is None or not jnp.issubdtype(_jaxpr.new_dtype(user.eqn), jnp.floating):
                 break
             end = user.outputs[0]
-        found[node.op.name] = Epilogue(end, bias, relu)
+        sliced_by = frozenset() if bias is None else graph.known(bias).sliced_by
+        found[node.op.name] = Epilogue(end, bias, relu, sliced_by)
     return found
 
 

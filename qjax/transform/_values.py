@@ -96,7 +96,13 @@ def dequantize_unfused(tensor: QTensor, dtype: Any) -> jax.Array:
     return unfused(tensor.dequantize()).astype(dtype)
 
 
-Value = Any  # jax.Array | Scaled | Quantized
+class _Absent:
+    """Stands for a parameter that an integer program does not keep, because only its codes are used."""
+
+
+ABSENT = _Absent()
+
+Value = Any  # jax.Array | Scaled | Quantized | ABSENT
 
 
 def to_real(value: Value) -> Any:

@@ -128,14 +128,14 @@ def test_arguments_under_which_there_are_other_ops_are_explained():
 
 
 def test_a_rule_without_an_op_lists_what_is_left_in_float_and_why():
-    def scanned(params, x):
-        return jax.lax.scan(lambda carry, w: (carry @ w, None), x, params["w"])[0]
+    def solved(params, x):
+        return jax.lax.custom_linear_solve(lambda v: params["w"] @ v, x, lambda _, b: b, symmetric=True)
 
-    prepared = qjax.prepare(scanned, qjax.Recipe([qjax.Rule(".*", weight=W8)]))
+    prepared = qjax.prepare(solved, qjax.Recipe([qjax.Rule(".*", weight=W8)]))
     with pytest.raises(
-        qjax.RecipeError, match=r"(?s)The ops are:\n  \(none\)\nThese are left in float:\n  scan/dot: inside scan"
+        qjax.RecipeError, match=r"(?s)The ops are:\n  \(none\)\nThese are left in float:\n  custom_linear_solve/dot: "
     ):
-        prepared.init({"w": jnp.ones((3, 6, 6))}, X)
+        prepared.init({"w": jnp.ones((16, 16))}, X)
 
 
 def test_an_axis_out_of_range_names_the_op_and_the_role():

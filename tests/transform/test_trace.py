@@ -6,6 +6,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 
 import qjax
 from tests.transform.models import INPUTS, conv, mlp, mlp_params, normal, op_names
@@ -177,19 +179,31 @@ def test_ops_inside_jit_remat_and_custom_jvp_are_quantized(rng):
 
 
 def test_ops_under_other_calls_are_left_in_float_and_listed(rng):
-    @jax.custom_vjp
-    def custom(w, x):
-        return x @ w
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("d")), "out_specs": PartitionSpec("d")}
 
-    custom.defvjp(lambda w, x: (x @ w, (w, x)), lambda res, g: (res[1].T @ g, g @ res[0].T))
+    def kernel(x_ref, w_ref, out_ref):
+        out_ref[...] = x_ref[...] @ w_ref[...]
+
+    def pallas(w, x):
+        return pl.pallas_call(kernel, jax.ShapeDtypeStruct((2, 4), jnp.float32), interpret=True)(x, w)
+
+    not_rewritten, opaque = "inside {}, which is not rewritten", "an opaque call: what it computes is not known"
     calls = {
-        "scan": lambda w, x: lax.scan(lambda c, _: (c @ w, None), x, None, length=2)[0],
-        "while": lambda w, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1],
-        "cond": lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x),
-        "custom_vjp_call": custom,
+        "custom_linear_solve/dot": (
+            lambda w, x: lax.custom_linear_solve(lambda v: v @ w, x, lambda _, b: b),
+            not_rewritten,
+        ),
+        "shard_map/dot": (
+            jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs),
+            not_rewritten + ": each shard would see statistics of its own",
+        ),
+        "pallas_call": (pallas, opaque),
+        "jit/pallas_call": (jax.jit(pallas), opaque),
+        "pure_callback": (lambda w, x: jax.pure_callback(lambda w, x: x, x, w, x), opaque),
     }
     w, x = normal(rng, 4, 4), normal(rng, 2, 4)
-    for name, call in calls.items():
+    for name, (call, why) in calls.items():
 
         def fn(p, x, call=call):
             return call(p["inner"]["w"], x) @ p["outer"]["w"]
@@ -198,9 +212,9 @@ def test_ops_under_other_calls_are_left_in_float_and_listed(rng):
         prepared = qjax.prepare(fn, INPUTS)
         outer, inner = prepared.ops(params, x)
         assert (outer.name, outer.compute) == ("outer", "codes")
-        assert (inner.compute, inner.kind) == ("float", "dot")
-        assert name in inner.name
-        assert inner.why == f"inside {name}, which is not rewritten"
+        assert (inner.name, inner.compute) == (name, "float")
+        assert inner.kind == ("dot" if "dot" in name else name.removeprefix("jit/"))
+        assert inner.why == why.format(name.split("/")[0])
         out, _ = prepared(prepared.init(params, x), params, x, mode="calibrate")
         assert (out == fn(params, x)).all()
 

@@ -1,0 +1,130 @@
+"""Rules: which ops, by name and kind, and what becomes of their tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from qjax import observers
+from qjax._granularity import is_named
+from qjax._spec import QuantSpec
+from qjax.observers import Observer
+
+Role = QuantSpec | Observer | None
+ROLES = ("weight", "input", "lhs", "rhs", "output")
+
+
+class RecipeError(ValueError):
+    """A recipe that does not fit the function (the message lists the ops that there are), or a text that is no recipe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the ops whose name and kind match are quantized.
+
+    Each role takes a `QuantSpec`, an observer (which brings its spec along), or None to leave that tensor in float. A
+    granularity may follow the op instead of an index: `PerChannel("output")` has a scale for each output channel of a
+    weight whatever its layout, `PerGroup("contracted", 32)` groups along the axis that is summed over.
+
+    Args:
+      pattern: A regular expression that has to match the whole name of the op, such as `"Dense_2"` or `"Conv_.*"`.
+      kind: The kind that the op has to be of, as `prepared.ops` prints it: `"dot"`, `"conv"`, …; None takes every kind.
+      weight: For the operand that comes from the parameters. A spec is observed by `observers.dynamic`: the range is that
+        of the weight as it is.
+      input: For the other operand, and for both operands of an op between two activations. A spec is observed by
+        `observers.moving_average_min_max`. A value that another op's `output` has already quantized is taken as it is.
+      lhs: For the left operand of an op between two activations, such as a query or attention weights; `"input"` does as
+        `input` says.
+      rhs: For the right operand of such an op, such as keys or values.
+      output: For what the op gives out: its result with its bias added and, if that is all that happens to it, its ReLU
+        applied, as torch's fused modules have it. A spec is observed by `observers.moving_average_min_max`.
+
+    Raises:
+      TypeError: A role is neither a spec nor an observer nor None, or pattern or kind is no str.
+      ValueError: The pattern is not a regular expression, or an output's granularity follows an op.
+
+    Examples:
+      >>> import qjax
+      >>> w8 = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel("output"))
+      >>> a8 = qjax.observers.min_max(qjax.QuantSpec(qjax.uint8))
+      >>> rule = qjax.Rule("Dense_.*", weight=w8, input=a8)
+      >>> rule.matches("Dense_0"), rule.matches("MyDense_0")
+      (True, False)
+      >>> weights_only_in_attention = qjax.Rule(".*", kind="dot", weight=w8, input=a8, lhs=None, rhs=None)
+      >>> weights_only_in_attention.matches("Conv_0", "conv")
+      False
+    """
+
+    pattern: str
+    _: dataclasses.KW_ONLY
+    kind: str | None = None
+    weight: Role = None
+    input: Role = None
+    lhs: Role | Literal["input"] = "input"
+    rhs: Role | Literal["input"] = "input"
+    output: Role = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"Rule: pattern must be a str, got {self.pattern!r} of type {type(self.pattern).__name__}.")
+        try:
+            re.compile(self.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"Rule: pattern {self.pattern!r} is not a regular expression: {error}.") from error
+        if self.kind is not None and not isinstance(self.kind, str):
+            raise TypeError(
+                f"Rule({self.pattern!r}): kind must be a str such as 'dot', or None for every kind, got {self.kind!r} of type "
+                f"{type(self.kind).__name__}. One rule takes one kind."
+            )
+        for role in ROLES:
+            value = getattr(self, role)
+            if role in ("lhs", "rhs") and isinstance(value, str) and value == "input":
+                continue
+            if not isinstance(value, QuantSpec | Observer | None):
+                raise TypeError(
+                    f"Rule({self.pattern!r}): {role} must be a QuantSpec, an observer or None, got {value!r} of type "
+                    f"{type(value).__name__}."
+                )
+        if self.output is not None and is_named(self.output_spec.granularity):
+            raise ValueError(
+                f"Rule({self.pattern!r}): output is quantized {self.output_spec.granularity}, which names an axis of an "
+                "operand. Give the index of the axis, as in PerChannel(-1)."
+            )
+
+    @property
+    def output_spec(self) -> QuantSpec:
+        """The spec of the output, which is not None."""
+        assert self.output is not None
+        return self.output if isinstance(self.output, QuantSpec) else self.output.spec
+
+    @property
+    def selects(self) -> str:
+        """The rule by what it selects, as one writes it: `Rule('.*', kind='dot')`."""
+        return f"Rule({self.pattern!r}" + ("" if self.kind is None else f", kind={self.kind!r}") + ")"
+
+    def matches(self, name: str, kind: str | None = None) -> bool:
+        """Whether the rule takes the op of this name and kind; without a kind, no rule that asks for one does."""
+        return self.kind in (None, kind) and re.fullmatch(self.pattern, name) is not None
+
+    def observer(self, role: str) -> Observer | None:
+        """The observer of a role: "weight", "input", "output", or "lhs" and "rhs" of an op between two activations."""
+        value = self.input if role in ("lhs", "rhs") and getattr(self, role) == "input" else getattr(self, role)
+        if not isinstance(value, QuantSpec):
+            return value
+        return observers.dynamic(value) if role == "weight" else observers.moving_average_min_max(value)
+
+    @property
+    def weight_observer(self) -> Observer | None:
+        """The observer of the weight."""
+        return self.observer("weight")
+
+    @property
+    def input_observer(self) -> Observer | None:
+        """The observer of the input."""
+        return self.observer("input")
+
+    @property
+    def output_observer(self) -> Observer | None:
+        """The observer of the output."""
+        return self.observer("output")
