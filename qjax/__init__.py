@@ -1,6 +1,6 @@
 """qjax: simulated quantization in JAX, trained through and handed to PyTorch. See README.md."""
 
-from qjax import containers, estimators, integer, interop, observers, recipes, transform
+from qjax import containers, estimators, flax, integer, interop, observers, recipes, transform
 from qjax._block_formats import (
     mxfp4,
     mxfp6_e2m3,
@@ -78,6 +78,7 @@ __all__ = [
     "e8m0",
     "estimators",
     "fake_quantize",
+    "flax",
     "int2",
     "int4",
     "int8",

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
@@ -175,7 +176,7 @@ def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any]) -> Tr
         return fn(*jax.tree.unflatten(in_tree, leaves))
 
     jaxpr, consts, out_tree = _jaxpr.trace(call, *flat)
-    builder = _Builder()
+    builder = _Builder(has_collections=any(path[0] == "params" and len(path) > 1 for path in paths.values() if path))
     graph = builder.graph(jaxpr, consts, [Known(paths.get(i)) for i in range(len(flat))], scope="")
     return Trace(graph, out_tree, builder.unquantized)
 
@@ -183,8 +184,15 @@ def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any]) -> Tr
 def _leaf_paths(args: Sequence[Any], params_argnum: int) -> dict[int, Path]:
     """The path of each parameter, by its place among the flattened arguments."""
     start = len(jax.tree.leaves(tuple(args[:params_argnum])))
-    with_path = jax.tree_util.tree_flatten_with_path(args[params_argnum])[0]
-    return {start + i: tuple(_key_name(key) for key in path) for i, (path, _) in enumerate(with_path)}
+    params = args[params_argnum]
+    variables = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
+    # An NNX variable is a node of the tree, whose one key says "value": that is no part of a name.
+    with_path = [
+        (*path, *(inner[1:] if isinstance(variable, nnx.Variable) else inner))
+        for path, variable in variables
+        for inner, _ in jax.tree_util.tree_flatten_with_path(variable)[0]
+    ]
+    return {start + i: tuple(map(_key_name, path)) for i, path in enumerate(with_path)}
 
 
 def _key_name(key: Any) -> str:
@@ -203,7 +211,8 @@ def _op_path_name(path: Path) -> str:
 class _Builder:
     """Turns jaxprs into graphs; value numbers and op names are unique across all bodies."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_collections: bool) -> None:
+        self._has_collections = has_collections  # as Flax variables have: those but "params" hold no weights
         self._next = 0
         self._names: Counter[str] = Counter()
         self.unquantized: list[tuple[str, str, str]] = []
@@ -293,7 +302,9 @@ class _Builder:
         if any(isinstance(value, Constant) for value in inputs):
             return None, "an operand is a scalar constant"
         known = [graph.known(value) for value in inputs]
-        paths = [each.path for each in known]
+        paths = [
+            None if self._has_collections and each.path and each.path[0] != "params" else each.path for each in known
+        ]
         if all(path is not None for path in paths):
             return None, "both operands are weights"
         weight = next((i for i, path in enumerate(paths) if path is not None), None)
