@@ -183,7 +183,9 @@ def _ops(
             continue
         epilogue = epilogues[op.name]
         output = f"{op.name}/output" if f"{op.name}/output" in program.points else early.get(epilogue.end)
-        source = shapes.inputs[op.name][1 - op.weight]
+        source = "" if op.contraction is None else shapes.inputs[op.name][1 - op.weight]
+        table = program.weights.get(source.removesuffix("/weight"))  # codes may come straight out of an embedding
+        point = program.points.get(source) or (None if table is None else (table.spec, table.qparams))
         described.append(
             IntegerOp(
                 name=op.name,
@@ -192,9 +194,9 @@ def _ops(
                 weight_operand=op.weight,
                 bias=biases.get(op.name),
                 relu=epilogue.relu,
-                input=program.points.get(source),
+                input=point,
                 output=None if output is None else program.points[output],
-                input_quantizer=source if source in program.points else None,
+                input_quantizer=None if point is None else source,
                 output_quantizer=output,
                 contraction=op.contraction,
                 steps=steps[op.name],

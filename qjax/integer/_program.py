@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
 from qjax._requantize import requantize
@@ -17,10 +18,10 @@ from qjax.integer._kernels import accumulate
 from qjax.observers import Observer
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
-from qjax.transform._interpret import Interpreter, Plan
+from qjax.transform._interpret import Interpreter, Plan, row_codes
 from qjax.transform._prepare import Prepared
 from qjax.transform._trace import Graph, Node, Op, operand_role
-from qjax.transform._values import ABSENT, Quantized, Scaled, Value, to_real
+from qjax.transform._values import ABSENT, Quantized, Scaled, Value, dequantize_unfused, to_real
 
 Point = tuple[QuantSpec, QParams]
 
@@ -37,16 +38,16 @@ class IntegerOp:
     """
 
     name: str
-    kind: str  # "dot" or "conv"
+    kind: str  # "dot", "conv" or "embedding"
     weight: QTensor
     weight_operand: int  # 0 where the weight is the left operand, 1 where it is the right one
     bias: jax.Array | None  # float32; added in real units
     relu: bool  # whether the output is clamped at its zero_point
-    input: Point | None  # None where the input is a float
+    input: Point | None  # None where the input is a float, and of an embedding, whose input are indices
     output: Point | None  # None where the op gives out floats
     input_quantizer: str | None  # which quantizer made the input's codes, such as "Conv_0/output"
     output_quantizer: str | None  # which quantizer rounds the output, such as "Dense_0/input"
-    contraction: Contraction  # its geometry: `Dot` or `Conv`
+    contraction: Contraction | None  # its geometry: `Dot` or `Conv`; None of an embedding
     steps: tuple[int, ...] = ()  # lengths of the scans that have a layer for each step, outermost first
 
 
@@ -71,8 +72,25 @@ class IntegerInterpreter(Interpreter):
         return Quantized(None, quantize(real, qparams, spec).codes, qparams, spec, key, real.dtype)
 
     def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
+        assert op.contraction is not None
         accumulator = accumulate(op.contraction, lhs.tensor(), rhs.tensor())
         return Scaled(accumulator.astype(jnp.float32), unit, dtype)
+
+    def _rows(self, node: Node, op: Op, table: Quantized, indices: list[jax.Array]) -> Value:
+        """Rows of codes, and their qparams; no more of the table is dequantized than they."""
+        assert op.lookup is not None
+        rows = op.lookup.rows(table.tensor(), indices)
+        if rows is None:
+            return super()._rows(node, op, table, indices)
+        real = dequantize_unfused(rows, table.dtype)
+        if op.lookup.fill is not None:
+            inside = op.lookup.in_bounds(op.shapes[0], indices[0], real.ndim)
+            real = jnp.where(inside, real, jnp.asarray(op.lookup.fill, real.dtype))
+        if not isinstance(table.spec.granularity, PerTensor):
+            return real
+        # Codes cannot say NaN, so the reals are kept along where they may be asked for it.
+        codes = row_codes(op, table, indices)
+        return dataclasses.replace(table, carrier=None if op.lookup.fill is None else real, codes=codes)
 
     def _equation(self, graph: Graph, node: Node, values: list[Value], env: Mapping[int, Value]) -> Sequence[Value]:
         if any(value is ABSENT for value in values):

@@ -48,6 +48,10 @@ _SCHEMES: dict[Engine, _Scheme] = {
 }
 
 
+#: Modules that the default qconfigs quantize; torch leaves embeddings in float, for which it has qconfigs of their own.
+_KINDS = ("dot", "conv")
+
+
 def _scheme(engine: Engine, caller: str) -> _Scheme:
     if engine not in _SCHEMES:
         raise ValueError(f"{caller}: engine must be one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}.")
@@ -77,7 +81,7 @@ def torch_static(engine: Engine = "x86", pattern: str = ".*") -> Recipe:
       pattern: The ops, as in `qjax.Rule`.
 
     Returns:
-      A recipe of one rule.
+      A recipe of one rule, for dots and convolutions.
 
     Raises:
       ValueError: An unknown engine.
@@ -85,18 +89,19 @@ def torch_static(engine: Engine = "x86", pattern: str = ".*") -> Recipe:
     Examples:
       >>> import qjax
       >>> print(qjax.recipes.torch_static("x86"))
-      rule  kind  role    spec                                           observer
-      ────  ────  ──────  ─────────────────────────────────────────────  ─────────
-      .*    any   weight  int8 symmetric per_channel(output) torch_real  dynamic
-                  input   uint8 affine per_tensor 0..127 torch_real      histogram
-                  output  uint8 affine per_tensor 0..127 torch_real      histogram
+      rule  kind       role    spec                                          observer
+      ────  ─────────  ──────  ────────────────────────────────────────────  ─────────
+      .*    dot, conv  weight  int8 symmetric per_channel(output)            dynamic
+                               torch_real
+                       input   uint8 affine per_tensor 0..127 torch_real     histogram
+                       output  uint8 affine per_tensor 0..127 torch_real     histogram
 
     References:
       PyTorch, `torch/ao/quantization/qconfig.py`, `get_default_qconfig`, `default_symmetric_qnnpack_qconfig`.
     """
     scheme = _scheme(engine, "torch_static")
     activation = observers.histogram(scheme.activation("torch_real"))
-    return Recipe([Rule(pattern, weight=scheme.weight("torch_real"), input=activation, output=activation)])
+    return Recipe([Rule(pattern, kind=_KINDS, weight=scheme.weight("torch_real"), input=activation, output=activation)])
 
 
 def torch_qat(
@@ -124,7 +129,7 @@ def torch_qat(
       averaging_constant: How fast the ranges follow.
 
     Returns:
-      A recipe of one rule.
+      A recipe of one rule, for dots and convolutions.
 
     Raises:
       ValueError: An unknown engine or version, or averaging_constant outside (0, 1].
@@ -132,11 +137,11 @@ def torch_qat(
     Examples:
       >>> import qjax
       >>> print(qjax.recipes.torch_qat("qnnpack", version=0))
-      rule  kind  role    spec                       observer
-      ────  ────  ──────  ─────────────────────────  ──────────────────────
-      .*    any   weight  int8 symmetric per_tensor  moving_average_min_max
-                  input   uint8 affine per_tensor    moving_average_min_max
-                  output  uint8 affine per_tensor    moving_average_min_max
+      rule  kind       role    spec                       observer
+      ────  ─────────  ──────  ─────────────────────────  ──────────────────────
+      .*    dot, conv  weight  int8 symmetric per_tensor  moving_average_min_max
+                       input   uint8 affine per_tensor    moving_average_min_max
+                       output  uint8 affine per_tensor    moving_average_min_max
 
     References:
       PyTorch, `torch/ao/quantization/qconfig.py`, `get_default_qat_qconfig`, `default_symmetric_qnnpack_qat_qconfig`.
@@ -149,7 +154,7 @@ def torch_qat(
     observer = observers.fused_moving_average if version else observers.moving_average_min_max
     activation = observer(scheme.activation("torch_fake"), averaging_constant=averaging_constant)
     weight = observer(scheme.weight("torch_fake"), averaging_constant=averaging_constant)
-    return Recipe([Rule(pattern, weight=weight, input=activation, output=activation)])
+    return Recipe([Rule(pattern, kind=_KINDS, weight=weight, input=activation, output=activation)])
 
 
 def torch_dynamic(

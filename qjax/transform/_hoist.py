@@ -31,7 +31,9 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Co
             if node is None or node.bodies:
                 found.add(None)
             elif node.op is not None:
-                keys = {f"{node.op.name}/{operand_role(node.op, i)}" for i, v in enumerate(node.inputs) if v == value}
+                keys = {
+                    f"{node.op.name}/{operand_role(node.op, i)}" for i in node.op.operands if node.inputs[i] == value
+                }
                 found |= {key if key in quantizers else None for key in keys}
             elif _keeps_codes(node):
                 found |= destinations(node.outputs[0])
@@ -40,9 +42,10 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Co
         return found
 
     early: dict[int, str] = {}
-    for name, epilogue in graph.epilogues.items():
-        if name in rounded:
+    for node in graph.nodes:
+        if node.op is None or node.op.contraction is None or node.op.name in rounded:
             continue
+        epilogue = graph.epilogues[node.op.name]
         ends = destinations(epilogue.end)
         only = next(iter(ends)) if len(ends) == 1 else None
         if only is not None:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._granularity import statistic_shape
-from qjax._quantize import QTensor, quantize_with_mask
+from qjax._granularity import PerTensor, statistic_shape
+from qjax._quantize import QTensor, quantize, quantize_with_mask
 from qjax._requantize import add_bias, requantize_unclamped
 from qjax.estimators import straight_through
 from qjax.observers import Observer
@@ -115,6 +115,8 @@ class Interpreter:
         return None if rule is None else rule.output_observer
 
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
+        if op.contraction is None:
+            return self._look_up(node, op, values)
         operands = [self._operand(op, i, value) for i, value in enumerate(values)]
         self.inputs[op.name] = (_origin(operands[0]), _origin(operands[1]))
         lhs, rhs = operands
@@ -129,7 +131,26 @@ class Interpreter:
         self.computed[op.name] = "dequantized" if some else "float"
         return _jaxpr.bind(node.eqn, [to_real(operand) for operand in operands])[0]
 
+    def _look_up(self, node: Node, op: Op, values: list[Value]) -> Value:
+        table, indices = self._operand(op, 0, values[0]), [to_real(value) for value in values[1:]]
+        self.inputs[op.name] = (_origin(table), "float")
+        if not isinstance(table, Quantized):
+            self.computed[op.name] = "float"
+            return _jaxpr.bind(node.eqn, [table, *indices])[0]
+        picked = self._rows(node, op, table, indices)
+        self.computed[op.name] = "codes" if isinstance(picked, Quantized) else "dequantized"
+        return picked
+
+    def _rows(self, node: Node, op: Op, table: Quantized, indices: list[jax.Array]) -> Value:
+        """The rows that the indices pick: codes still where all rows have one scale."""
+        carrier = _jaxpr.bind(node.eqn, [table.real(), *indices])[0]
+        if not isinstance(table.spec.granularity, PerTensor):
+            return carrier
+        codes = None if table.codes is None else row_codes(op, table, indices)
+        return dataclasses.replace(table, carrier=carrier, codes=codes)
+
     def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
+        assert op.contraction is not None
         return multiply(op.contraction, lhs, rhs, unit, dtype, exact=self._plan.mode == "eval")
 
     def _operand(self, op: Op, index: int, value: Value) -> Value:
@@ -282,11 +303,23 @@ def static_quantizers(graph: Graph, recipe: BoundRecipe) -> dict[str, Observer]:
         rule = None if node.op is None else recipe.rule_for(node.op.name)
         if node.op is None or rule is None:
             continue
-        for role in {operand_role(node.op, 0), operand_role(node.op, 1), "output"} - {"weight"}:
+        for role in {*(operand_role(node.op, i) for i in node.op.operands), "output"} - {"weight"}:
             observer = rule.observer(role)
             if observer is not None and not observer.dynamic and observer.spec.is_deployed:
                 found[f"{node.op.name}/{role}"] = observer
     return found
+
+
+def row_codes(op: Op, table: Quantized, indices: Sequence[jax.Array]) -> jax.Array:
+    """The codes of the rows that the indices pick of a per-tensor table; out of bounds, the code of what is filled in."""
+    assert op.lookup is not None
+    assert table.qparams is not None
+    rows = op.lookup.rows(table.tensor(), indices)
+    assert rows is not None
+    if op.lookup.fill is None:
+        return rows.codes
+    code = quantize(jnp.float32(op.lookup.fill), table.qparams, table.spec).codes
+    return jnp.where(op.lookup.in_bounds(op.shapes[0], indices[0], rows.codes.ndim), rows.codes, code)
 
 
 def _origin(value: Value) -> str:

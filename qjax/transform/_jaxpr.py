@@ -13,6 +13,7 @@ import jax
 import jax.extend.core
 
 from qjax.transform._contraction import Contraction, Conv, Dot
+from qjax.transform._lookup import Lookup
 
 try:  # what JAX's own evaluator uses to keep names in profiles and error messages; not public
     from jax._src import source_info_util
@@ -176,6 +177,20 @@ def contraction(eqn: Eqn) -> Contraction | None:
             params["batch_group_count"],
         )
     return None
+
+
+def lookup(eqn: Eqn) -> Lookup | None:
+    """What the equation picks out of its first operand by the others; None where it does no such thing."""
+    if eqn.primitive.name not in ("gather", "dynamic_slice"):
+        return None
+    shape, sizes = eqn.invars[0].aval.shape, tuple(eqn.params["slice_sizes"])
+    if eqn.primitive.name == "dynamic_slice":
+        return Lookup(tuple(i for i, size in enumerate(shape) if sizes[i] < size), sizes, None, None)
+    numbers, mode, fill = eqn.params["dimension_numbers"], eqn.params["mode"], None
+    if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        fill = float("nan") if eqn.params["fill_value"] is None else float(eqn.params["fill_value"])
+    axes = sorted({*numbers.start_index_map, *numbers.operand_batching_dims})
+    return Lookup(tuple(axes), sizes, numbers, fill)
 
 
 def pooled_axes(eqn: Eqn, ndim: int) -> tuple[int, ...] | None:

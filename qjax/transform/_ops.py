@@ -19,9 +19,9 @@ class OpInfo:
     """One op of a prepared function."""
 
     name: str  # what a rule has to match
-    kind: str  # "dot", "conv", …
+    kind: str  # "dot", "conv", "embedding", …
     lhs_shape: tuple[int, ...] | None  # None for an op that cannot be quantized
-    rhs_shape: tuple[int, ...] | None
+    rhs_shape: tuple[int, ...] | None  # of an embedding, that of the indices
     out_shape: tuple[int, ...] | None
     weight: str | None  # which operand is a weight: "lhs", "rhs" or None
     path: tuple[str, ...] | None  # of the parameter that the weight is
@@ -42,6 +42,7 @@ class OpInfo:
         if self.rule is None:
             return "no rule matches"
         roles = "input and weight" if self.weight else "lhs and rhs"
+        roles = "weight" if self.kind == "embedding" else roles
         return f"the rule {self.rule!r} leaves {roles} in float"
 
 
@@ -113,6 +114,8 @@ def _has(op: OpInfo, role: str) -> bool:
     """Whether the op has this role for a spec: those that cannot be quantized have none."""
     if op.lhs_shape is None:
         return False
+    if op.kind == "embedding":
+        return role in ("weight", "output")
     return role in (("weight", "input", "output") if op.weight else ("lhs", "rhs", "output"))
 
 
@@ -152,7 +155,7 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
         rule = recipe.rule_for(op.name, op.kind)
         quantizers: dict[str, str] = {}
         observers: dict[str, str] = {}
-        for index in (0, 1):
+        for index in op.operands:
             role = operand_role(op, index)
             origin = interpreter.inputs[op.name][index]
             own = None if rule is None else rule.observer(role)

@@ -99,7 +99,8 @@ class Recipe(TableLike):
         for rule in self.rules:
             if any(rule.matches(name, kind) for name, kind in ops):
                 continue
-            asked = "" if rule.kind is None else f", and the op has to be of kind {rule.kind!r}"
+            kinds = " or ".join(map(repr, rule.kinds or ()))
+            asked = "" if rule.kind is None else f", and the op has to be of kind {kinds}"
             lines = [f"  {name}" if rule.kind is None else f"  {name} ({kind})" for name, kind in ops] or ["  (none)"]
             if unquantized:
                 lines += ["These are left in float:", *(f"  {name}: {why}" for name, _, why in unquantized)]
@@ -116,7 +117,7 @@ class Recipe(TableLike):
     def _table(self) -> Table:
         rows: list[tuple[str, ...]] = []
         for rule in self.rules:
-            start = (rule.pattern, rule.kind or "any")
+            start = (rule.pattern, ", ".join(rule.kinds or ("any",)))
             same = [role for role in ("lhs", "rhs") if getattr(rule, role) == "input"]
             if all(rule.observer(role) is None for role in ROLES):
                 rows.append((*start, "all", "float", ""))
@@ -158,6 +159,6 @@ class BoundRecipe:
         if observer is None or not is_named(observer.spec.granularity):
             return observer
         caller = f"prepare ({op.name}/{role})"
-        output, contracted = op.contraction.named_axes(index, len(op.shapes[index]))
+        output, contracted = op.named_axes(index)
         granularity = resolve(observer.spec.granularity, output, contracted, caller)
         return dataclasses.replace(observer, spec=observer.spec.replace(granularity=granularity))

@@ -8,7 +8,8 @@ A role is null, or an object with a spec and, unless the role's own is wanted, a
     "int8"    {"float": {"exponent": 4, "mantissa": 3, "special": "fn"}}    {"per_channel": {"axis": "output"}}
     "min_max"    {"moving_average_min_max": {"averaging_constant": 0.01}}
 
-`version` grows when a text of the old form would mean something else; a field that is new and optional does not make it grow.
+`kind` is a word or a list of words. `version` grows when a text of the old form would mean something else; a field that is new
+and optional does not make it grow.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def write(rules: Iterable[Rule]) -> str:
 def _write_rule(rule: Rule) -> dict[str, Any]:
     written: dict[str, Any] = {"pattern": rule.pattern}
     if rule.kind is not None:
-        written["kind"] = rule.kind
+        written["kind"] = rule.kind if isinstance(rule.kind, str) else list(rule.kind)
     for role in ROLES:
         value = getattr(rule, role)
         if isinstance(value, str):  # lhs and rhs as input says

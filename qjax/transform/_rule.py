@@ -27,9 +27,14 @@ class Rule:
     granularity may follow the op instead of an index: `PerChannel("output")` has a scale for each output channel of a
     weight whatever its layout, `PerGroup("contracted", 32)` groups along the axis that is summed over.
 
+    The weight of an embedding is its table, and it has no input. `PerChannel("output")` gives each of its rows a scale, as
+    torch's quantized embeddings have it, and `PerGroup("contracted", 32)` cuts each row into groups; an index means what it
+    says, so `PerChannel(-1)` gives each feature a scale. A rule without a kind takes embeddings, too.
+
     Args:
       pattern: A regular expression that has to match the whole name of the op, such as `"Dense_2"` or `"Conv_.*"`.
-      kind: The kind that the op has to be of, as `prepared.ops` prints it: `"dot"`, `"conv"`, …; None takes every kind.
+      kind: The kind that the op has to be of, as `prepared.ops` prints it: `"dot"`, `"conv"`, `"embedding"`, or a tuple of
+        kinds; None takes every kind.
       weight: For the operand that comes from the parameters. A spec is observed by `observers.dynamic`: the range is that
         of the weight as it is.
       input: For the other operand, and for both operands of an op between two activations. A spec is observed by
@@ -58,7 +63,7 @@ class Rule:
 
     pattern: str
     _: dataclasses.KW_ONLY
-    kind: str | None = None
+    kind: str | tuple[str, ...] | None = None
     weight: Role = None
     input: Role = None
     lhs: Role | Literal["input"] = "input"
@@ -72,10 +77,12 @@ class Rule:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"Rule: pattern {self.pattern!r} is not a regular expression: {error}.") from error
-        if self.kind is not None and not isinstance(self.kind, str):
+        if isinstance(self.kind, tuple | list) and self.kind and all(isinstance(kind, str) for kind in self.kind):
+            object.__setattr__(self, "kind", self.kind[0] if len(self.kind) == 1 else tuple(self.kind))
+        elif self.kind is not None and not isinstance(self.kind, str):
             raise TypeError(
-                f"Rule({self.pattern!r}): kind must be a str such as 'dot', or None for every kind, got {self.kind!r} of type "
-                f"{type(self.kind).__name__}. One rule takes one kind."
+                f"Rule({self.pattern!r}): kind must be a str such as 'dot', a tuple of such, or None for every kind, got "
+                f"{self.kind!r} of type {type(self.kind).__name__}."
             )
         for role in ROLES:
             value = getattr(self, role)
@@ -93,6 +100,11 @@ class Rule:
             )
 
     @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """The kinds that the rule asks for; None where it asks for none."""
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    @property
     def output_spec(self) -> QuantSpec:
         """The spec of the output, which is not None."""
         assert self.output is not None
@@ -105,7 +117,7 @@ class Rule:
 
     def matches(self, name: str, kind: str | None = None) -> bool:
         """Whether the rule takes the op of this name and kind; without a kind, no rule that asks for one does."""
-        return self.kind in (None, kind) and re.fullmatch(self.pattern, name) is not None
+        return (self.kinds is None or kind in self.kinds) and re.fullmatch(self.pattern, name) is not None
 
     def observer(self, role: str) -> Observer | None:
         """The observer of a role: "weight", "input", "output", or "lhs" and "rhs" of an op between two activations."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ from flax import nnx
 
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
-from qjax.transform._weights import Known, Path, into_bodies, only_moves, through
+from qjax.transform._lookup import Lookup
+from qjax.transform._weights import BY_INDEX, Known, Path, into_bodies, is_lookup, only_moves, through
 
 _OPS = frozenset({"dot_general", "conv_general_dilated"})
 _BECAUSE = {"shard_map": ": each shard would see statistics of its own"}
@@ -34,16 +35,28 @@ Operand = int | Constant  # an int names a value of the graph
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A dot or a convolution that can be quantized."""
+    """A dot, a convolution or an embedding lookup that can be quantized."""
 
     name: str
-    kind: str  # "dot" or "conv"
-    contraction: Contraction
+    kind: str  # "dot", "conv" or "embedding"
+    contraction: Contraction | None  # of a dot or a convolution
     weight: int | None  # which operand is the weight
     path: Path | None  # of the parameter that the weight is
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # lhs, rhs, output
     dtypes: tuple[Any, Any]  # lhs, rhs
     sliced_by: frozenset[int] = frozenset()  # the scans whose every step takes another slice of the weight
+    lookup: Lookup | None = None  # of an embedding
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The operands that have a role: all but the indices of an embedding."""
+        return (0,) if self.contraction is None else (0, 1)
+
+    def named_axes(self, operand: int) -> tuple[tuple[int, ...], int | None]:
+        """The axes of an operand that "output" stands for in a rule, and the one that "contracted" does."""
+        described = self.contraction or self.lookup
+        assert described is not None
+        return described.named_axes(operand, len(self.shapes[operand]))
 
 
 def operand_role(op: Op, index: int) -> str:
@@ -252,7 +265,9 @@ class _Builder:
             inputs = tuple(self._read(env, atom) for atom in eqn.invars)
             inner_scope = "/".join(filter(None, (scope, _jaxpr.name_stack(eqn))))
             bodies = _jaxpr.bodies(eqn)
-            if _jaxpr.is_jit(eqn) and (_holds_op(bodies[0].jaxpr) or only_moves(bodies[0].jaxpr)):
+            if _jaxpr.is_jit(eqn) and (
+                only_moves(bodies[0].jaxpr) or _calls_op(eqn, [graph.known(value) for value in inputs])
+            ):
                 inner: dict[Any, Operand] = dict(zip(bodies[0].jaxpr.invars, inputs, strict=True))
                 self._add_body(graph, bodies[0].jaxpr, bodies[0].consts, inner, inner_scope)
                 env.update(zip(eqn.outvars, (self._read(inner, atom) for atom in bodies[0].jaxpr.outvars), strict=True))
@@ -262,7 +277,8 @@ class _Builder:
             graph.nodes.append(self._node(graph, eqn, inputs, outputs, inner_scope))
 
     def _node(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], scope: str) -> Node:
-        if any(_holds_op(body.jaxpr) for body in _jaxpr.bodies(eqn)):
+        known = [graph.known(value) for value in inputs]
+        if _calls_op(eqn, known):
             return self._call(graph, eqn, inputs, outputs, scope)
         if eqn.primitive.name in _OPS:
             op, why = self._op(graph, eqn, inputs, scope)
@@ -270,10 +286,12 @@ class _Builder:
                 kind = _SHORT_KIND[eqn.primitive.name]
                 self.unquantized.append((self._unique(scope or kind), kind, why))
             return Node(eqn, inputs, outputs, op=op)
+        if is_lookup(eqn, known):
+            return Node(eqn, inputs, outputs, op=self._lookup(eqn, known[0]))
         for parts, kind, why in _left_alone(eqn):
             self.unquantized.append((self._unique("/".join(filter(None, (scope, *parts)))), kind, why))
-        for value, known in zip(outputs, through(eqn, [graph.known(value) for value in inputs]), strict=True):
-            graph.learn(value, known)
+        for value, learnt in zip(outputs, through(eqn, known), strict=True):
+            graph.learn(value, learnt)
         dimensions = _jaxpr.broadcast_dimensions(eqn)
         if dimensions is not None and isinstance(inputs[0], int) and inputs[0] in graph.weights:
             graph.broadcasts[outputs[0]] = (inputs[0], dimensions)
@@ -293,6 +311,25 @@ class _Builder:
         layers = {op.name for op in ops if loop in op.sliced_by}
         between = {op.name for op in ops if op.weight is None} if layers else set()
         return dataclasses.replace(node, per_step=frozenset(layers | between))
+
+    def _lookup(self, eqn: Any, table: Known) -> Op:
+        assert table.path is not None
+        avals = [atom.aval for atom in (*eqn.invars[:2], eqn.outvars[0])]
+        return Op(
+            self._unique(_op_path_name(table.path) or "embedding"),
+            "embedding",
+            None,
+            0,
+            table.path,
+            (
+                avals[0].shape,
+                avals[1].shape[:-1],
+                avals[2].shape,
+            ),  # the last axis is that of an index of several numbers
+            (avals[0].dtype, avals[1].dtype),
+            table.sliced_by,
+            _jaxpr.lookup(eqn),
+        )
 
     def _op(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], scope: str) -> tuple[Op | None, str]:
         kind = _SHORT_KIND[eqn.primitive.name]
@@ -318,10 +355,31 @@ class _Builder:
         return Op(self._unique(name or kind), kind, contraction, weight, path, shapes, dtypes, sliced_by), ""
 
 
-def _holds_op(jaxpr: Any) -> bool:
+def _calls_op(eqn: Any, inputs: Sequence[Known]) -> bool:
+    """Whether a body of the call holds an op; whether a lookup is one depends on what it looks up."""
+    bodies = _jaxpr.bodies(eqn)
+    if any(_holds(body.jaxpr, _OPS) for body in bodies):
+        return True
+    if not any(_holds(body.jaxpr, BY_INDEX) for body in bodies):
+        return False
+    return any(map(_holds_lookup, bodies, into_bodies(eqn, inputs, 0)))
+
+
+def _holds(jaxpr: Any, names: Container[str]) -> bool:
     return any(
-        eqn.primitive.name in _OPS or any(_holds_op(body.jaxpr) for body in _jaxpr.bodies(eqn)) for eqn in jaxpr.eqns
+        eqn.primitive.name in names or any(_holds(body.jaxpr, names) for body in _jaxpr.bodies(eqn))
+        for eqn in jaxpr.eqns
     )
+
+
+def _holds_lookup(body: _jaxpr.Body, inputs: Sequence[Known]) -> bool:
+    env = dict(zip(body.jaxpr.invars, inputs, strict=True)) | dict.fromkeys(body.jaxpr.constvars, Known(fixed=True))
+    for eqn in body.jaxpr.eqns:
+        known = [Known(fixed=True) if _jaxpr.is_literal(atom) else env[atom] for atom in eqn.invars]
+        if is_lookup(eqn, known) or _calls_op(eqn, known):
+            return True
+        env.update(zip(eqn.outvars, through(eqn, known), strict=True))
+    return False
 
 
 def _left_alone(eqn: Any) -> Iterator[tuple[tuple[str, ...], str, str]]:
@@ -359,7 +417,7 @@ def _find_epilogues(graph: Graph) -> dict[str, Epilogue]:
         if node.op is None:
             continue
         end, bias, relu = node.outputs[0], None, False
-        while not relu:
+        while not relu and node.op.contraction is not None:  # what an embedding gives out are its rows
             uses = consumers.get(end, [])
             user = uses[0] if len(uses) == 1 else None
             if user is None:

@@ -30,9 +30,9 @@ WEIGHT_PRESERVING = frozenset(
         "transpose",
     }
 )
-#: Primitives that pick elements of their first operand by the others. A weight that is picked by an index which depends on
-#: the arguments is not a weight but data: an embedding, for one.
-_BY_INDEX = frozenset({"dynamic_slice", "gather"})
+#: Primitives that pick elements of their first operand by the others. What an index that depends on the arguments picks of a
+#: weight is not a weight but data: an embedding.
+BY_INDEX = frozenset({"dynamic_slice", "gather"})
 #: Primitives that hand on each operand as it is.
 _ONE_BY_ONE = frozenset({"device_put", "optimization_barrier"})
 
@@ -58,9 +58,19 @@ def through(eqn: Any, inputs: Sequence[Known]) -> list[Known]:
     if name in WEIGHT_PRESERVING and len(paths) == len(inputs):
         path = paths[0] if len(set(paths)) == 1 else _common_path(paths)
         return [Known(path, frozenset().union(*(known.sliced_by for known in inputs)))] * count
-    if name in _BY_INDEX and inputs[0].path is not None and all(known.fixed for known in inputs[1:]):
+    if name in BY_INDEX and inputs[0].path is not None and all(known.fixed for known in inputs[1:]):
         return [inputs[0]] * count
     return [Known()] * count
+
+
+def is_lookup(eqn: Any, inputs: Sequence[Known]) -> bool:
+    """Whether the equation looks up a weight by an index that depends on the arguments."""
+    return (
+        eqn.primitive.name in BY_INDEX
+        and inputs[0].path is not None
+        and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
+        and not all(known.fixed or known.path is not None for known in inputs[1:])
+    )
 
 
 def into_bodies(eqn: Any, inputs: Sequence[Known], loop: int) -> list[list[Known]]:
@@ -87,7 +97,7 @@ def only_moves(jaxpr: Any) -> bool:
     What is not a float is the index that something is picked with.
     """
     return all(
-        eqn.primitive.name in WEIGHT_PRESERVING | _BY_INDEX | _ONE_BY_ONE
+        eqn.primitive.name in WEIGHT_PRESERVING | BY_INDEX | _ONE_BY_ONE
         or not any(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in eqn.outvars)
         or (_jaxpr.is_jit(eqn) and all(map(only_moves, _jaxpr.inner_jaxprs(eqn))))
         for eqn in jaxpr.eqns

@@ -106,7 +106,7 @@ def rules(draw):
     assume(spec is None or getattr(spec.granularity, "axis", None) not in named)
     return qjax.Rule(
         draw(st.sampled_from([".*", "Dense_[0-9]+", r"a/b|\w+…", "block\n(1|2)"])),
-        kind=draw(st.sampled_from([None, "dot", "conv"])),
+        kind=draw(st.sampled_from([None, "dot", "conv", ("dot", "embedding")])),
         weight=draw(roles()),
         input=draw(roles()),
         lhs=draw(st.just("input") | roles()),

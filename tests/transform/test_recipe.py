@@ -88,8 +88,15 @@ def test_a_rule_of_a_kind_that_no_op_has_says_which_there_are(rng):
     )
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         prepared.init(params, x)
-    with pytest.raises(TypeError, match=r"kind must be a str such as 'dot', or None for every kind, got \('dot',\)"):
-        Rule("head", kind=("dot",))
+    several = qjax.prepare(cnn, Recipe([Rule("body", kind=("conv", "dot"))]))
+    with pytest.raises(RecipeError, match=r"Rule\('body', kind=\('conv', 'dot'\)\).* of kind 'conv' or 'dot'\."):
+        several.init(params, x)
+    assert Rule("head", kind=("dot",)) == Rule("head", kind="dot")
+    for bad in (("dot", 1), (), 1):
+        with pytest.raises(
+            TypeError, match=r"kind must be a str such as 'dot', a tuple of such, or None for every kind"
+        ):
+            Rule("head", kind=bad)
 
 
 def test_recipes_add_up():
