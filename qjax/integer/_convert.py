@@ -26,10 +26,11 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
     """Turn a prepared function into an integer program with its weights stored as codes.
 
     Ops whose two operands are quantized are summed in int32 and requantized with fbgemm's formula (`q = clamp(rint((acc +
-    bias/unit) · (unit/scale)) + zero_point)`, unit = scale_x · scale_w), which rounds right after the op where all of
-    its uses lead to one quantizer, and pools and reshapes codes. Ops with a quantized weight and a float input dequantize the
-    weight when they use it. Loops and branches stay what they are; of an op in a scan over layers, weights and qparams are
-    stacked by step. The codes equal those of `prepared.codes`, that is, of mode "eval".
+    bias/unit) · (unit/scale)) + zero_point)`, unit = scale_x · scale_w), which rounds right after the op where all of its
+    uses lead to one quantizer, and pools and reshapes codes. Ops with a quantized weight and a float input dequantize the
+    weight when they use it, and embeddings dequantize the rows that they look up. Loops and branches stay what they are; of
+    an op in a scan over layers, weights and qparams are stacked by step. The codes equal those of `prepared.codes`, that
+    is, of mode "eval".
 
     Args:
       prepared: From `qjax.prepare`.

@@ -30,16 +30,20 @@ class QuantVars(NamedTuple):
 def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, compute: Compute = "codes") -> Prepared:
     """Quantize a JAX function by rewriting its jaxpr: no edits to the model, no layer classes to swap in.
 
-    The function is traced at every call and its dots and convolutions are evaluated as the recipe says, those inside `jit`,
-    `jax.checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `cond`, `switch`, `while_loop` and `fori_loop` included. Those inside
-    anything else (`shard_map`, `custom_linear_solve`) are left in float and listed by `prepared.ops`, as are calls that cannot
-    be looked into (Pallas, FFI, callbacks). A function with a derivative rule of its own keeps that rule, evaluated in float.
+    The function is traced at every call and its dots, convolutions and embeddings are evaluated as the recipe says, those
+    inside `jit`, `jax.checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `cond`, `switch`, `while_loop` and `fori_loop`
+    included. Those inside anything else (`shard_map`, `custom_linear_solve`) are left in float and listed by
+    `prepared.ops`, as are calls that cannot be looked into (Pallas, FFI, callbacks). A function with a derivative rule of
+    its own keeps that rule, evaluated in float.
 
     An operand is a weight when it comes from a leaf of argument `params_argnum` through primitives that move, pick or cast
-    elements alone: slices, also those of a scan, indexing with constants, concatenation, sharding constraints. What is picked
-    by an index that depends on the arguments (an embedding, or `w[i]` in a `fori_loop`) is an activation; so is a carry that a
-    loop changes. An op is named after the path of its weight without the last part (`Dense_0`), or after the scope it is
-    traced in; a second op of the same name is called `Dense_0:1`.
+    elements alone: slices, also those of a scan, indexing with constants, concatenation, sharding constraints. An embedding
+    looks up a parameter, its table, by an index that depends on the arguments (`table[ids]`, `jnp.take`, `nn.Embed`; `w[i]`
+    in a `fori_loop`, too). It is an op with a weight and no input: the table is quantized, and what is looked up is an
+    activation, in codes still where the table has one scale. (A row out of bounds, for which `jnp.take` fills in NaN, is
+    NaN in float and has the code of NaN.) A carry that a loop changes is an activation, too. An op is named after the path
+    of its weight without the last part (`Dense_0`), or after the scope it is traced in; a second op of the same name is
+    called `Dense_0:1`.
 
     In a scan that slices the weight of an op, each step is a layer: the state of that op's quantizers, and of those of ops
     between activations, is stacked by step. In any other scan, over time for one, and in a while, an op has one state, which
