@@ -1,5 +1,5 @@
 """Adapters for Flax: a Linen module prepared beside `init` and `apply`, an NNX module that holds its quantizers."""
 
-from qjax.flax import linen
+from qjax.flax import linen, nnx
 
-__all__ = ["linen"]
+__all__ = ["linen", "nnx"]

@@ -13,12 +13,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from flax import linen as nn
 from flax.core.scope import DenyList, in_filter
 
 from qjax._quantize import QTensor
+from qjax.flax._arguments import refuse_arrays, split_arrays
 from qjax.integer import IntegerProgram
 from qjax.integer import convert as convert_function
 from qjax.transform import OpTable, QuantVars, Recipe
@@ -54,22 +53,22 @@ def prepare(module: nn.Module, recipe: Recipe, *, compute: Compute = "codes") ->
       >>> from flax import linen as nn
       >>> class Net(nn.Module):
       ...     @nn.compact
-      ...     def __call__(self, x, train):
+      ...     def __call__(self, x, train=False):
       ...         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
       ...         return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
       >>> q = qjax.flax.linen.prepare(Net(), qjax.recipes.torch_qat("x86"))
       >>> x = jnp.ones((8, 3))
-      >>> variables = q.init(jax.random.key(0), x, train=False)
+      >>> variables = jax.jit(q.init)(jax.random.key(0), x)
       >>> sorted(variables)
       ['batch_stats', 'params', 'quant']
-      >>> out, updates = q.apply(
-      ...     variables, x, train=True, mutable=["batch_stats", "quant"], rngs={"dropout": jax.random.key(1)}
-      ... )
-      >>> sorted(updates)
-      ['batch_stats', 'quant']
-      >>> variables = {**variables, **updates}
+      >>> @jax.jit
+      ... def step(variables, x, key):
+      ...     mutable, rngs = ["batch_stats", "quant"], {"dropout": key}
+      ...     out, updates = q.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
+      ...     return {**variables, **updates}
+      >>> variables = step(variables, x, jax.random.key(1))
       >>> integer = q.convert(variables, x, train=False)
-      >>> bool((integer(x) == q.apply(variables, x, train=False)).all())
+      >>> bool((jax.jit(integer)(x) == jax.jit(q.apply)(variables, x)).all())
       True
     """
     if not isinstance(module, nn.Module):
@@ -211,12 +210,8 @@ class PreparedModule:
         Raises:
           TypeError: A keyword argument holds an array.
         """
-        for name, value in kwargs.items():
-            if any(map(_is_array, jax.tree.leaves(value))):
-                raise TypeError(
-                    f"qjax.flax.linen: keyword argument {name!r} holds an array, and the arguments of this function are taken "
-                    "by position. Name a method that takes it so: method=lambda module, x, mask: module(x, mask=mask)."
-                )
+        mend = "Name a method that takes it so: method=lambda module, x, mask: module(x, mask=mask)."
+        refuse_arrays(kwargs, "qjax.flax.linen", mend)
 
         def fn(variables: Variables, *args: Any) -> Any:
             return self.module.apply(_float(variables), *args, method=method, **kwargs)
@@ -237,19 +232,13 @@ class PreparedModule:
 
         What is no array stays a Python value, as in `module.apply`; arrays are arguments, keyword or not.
         """
-        leaves, tree = jax.tree.flatten((args, kwargs))
+        leaves, restore = split_arrays(args, kwargs)
 
         def fn(variables: Variables, arrays: list[Any], rngs: Any) -> Any:
-            traced = iter(arrays)
-            args, kwargs = jax.tree.unflatten(tree, [next(traced) if _is_array(leaf) else leaf for leaf in leaves])
+            args, kwargs = restore(arrays)
             return self.module.apply(variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
 
-        call = prepare_function(fn, self.recipe, compute=self.compute)
-        return call, [leaf for leaf in leaves if _is_array(leaf)]
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+        return prepare_function(fn, self.recipe, compute=self.compute), leaves
 
 
 def _float(variables: Variables) -> dict[str, Any]:
