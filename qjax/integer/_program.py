@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
-from qjax._requantize import requantize
 from qjax._spec import QuantSpec
 from qjax.integer._kernels import accumulate
 from qjax.observers import Observer
@@ -21,7 +20,7 @@ from qjax.transform._contraction import Contraction
 from qjax.transform._interpret import Interpreter, Plan, row_codes
 from qjax.transform._prepare import Prepared
 from qjax.transform._trace import Graph, Node, Op, operand_role
-from qjax.transform._values import ABSENT, Quantized, Scaled, Value, dequantize_unfused, to_real
+from qjax.transform._values import ABSENT, Accumulated, Quantized, Value, dequantize_unfused, to_real
 
 Point = tuple[QuantSpec, QParams]
 
@@ -52,7 +51,7 @@ class IntegerOp:
 
 
 class IntegerInterpreter(Interpreter):
-    """Evaluates a graph on integer codes: int32 sums, fbgemm's requantization, weights from store.
+    """Evaluates a graph on integer codes: int32 sums, the engine's requantization, weights from store.
 
     What it knows by quantizer is no observer state but the `QTensor` of a weight and the `QParams` of any other point.
     """
@@ -65,16 +64,16 @@ class IntegerInterpreter(Interpreter):
 
     def _quantize(self, key: str, observer: Observer, value: Value) -> Quantized:
         spec, qparams = observer.spec, self._state[key]
-        if isinstance(value, Scaled) and spec.is_deployed:
-            codes = requantize(value.units, value.unit, qparams, spec)
+        if isinstance(value, Accumulated) and spec.is_deployed:
+            codes = value.kernel.codes(value.accumulator, qparams, spec)
             return Quantized(None, codes, qparams, spec, key, value.dtype)
         real = to_real(value)
         return Quantized(None, quantize(real, qparams, spec).codes, qparams, spec, key, real.dtype)
 
-    def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
+    def _sums(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        del unit
         assert op.contraction is not None
-        accumulator = accumulate(op.contraction, lhs.tensor(), rhs.tensor())
-        return Scaled(accumulator.astype(jnp.float32), unit, dtype)
+        return accumulate(op.contraction, lhs.tensor(), rhs.tensor()), None
 
     def _rows(self, node: Node, op: Op, table: Quantized, indices: list[jax.Array]) -> Value:
         """Rows of codes, and their qparams; no more of the table is dequantized than they."""
@@ -168,6 +167,7 @@ class IntegerProgram:
         leaves[start : start + count] = [self._floats.get(i, ABSENT) for i in range(count)]
         stored = {f"{op}/weight": weight for op, weight in self.weights.items()}
         stored |= {key: qparams for key, (_, qparams) in self.points.items()}
-        interpreter = IntegerInterpreter(Plan(self._prepared.recipe.bind(traced), "eval", "codes", keeps_codes), stored)
+        plan = Plan(self._prepared.recipe.bind(traced), "eval", "codes", self._prepared.engine, keeps_codes)
+        interpreter = IntegerInterpreter(plan, stored)
         outputs = [to_real(value) for value in interpreter.run(traced.graph, leaves)]
         return jax.tree.unflatten(traced.out_tree, outputs), interpreter.codes

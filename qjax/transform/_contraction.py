@@ -98,6 +98,12 @@ class Conv:
             return numbers.out_spec[0] if axis == numbers.lhs_spec[0] and self.batch_group_count == 1 else None
         return numbers.out_spec[1] if axis == numbers.rhs_spec[0] else None
 
+    @property
+    def has_output_padding(self) -> bool:
+        """Whether it is a transposed convolution that pads its output at one side, as torch's `output_padding` does."""
+        sides = zip(self.lhs_dilation, self.padding, strict=True)
+        return any(dilation != 1 and low != high for dilation, (low, high) in sides)
+
     def named_axes(self, operand: int, ndim: int) -> tuple[tuple[int, ...], int | None]:
         """The axis of the output features (of the batch, for lhs), and that of the input features, which is summed over."""
         del ndim
@@ -109,21 +115,21 @@ Contraction = Dot | Conv
 
 
 def sum_of_products(op: Contraction, lhs: jax.Array, rhs: jax.Array, largest_product: int) -> jax.Array:
-    """The exact sum of products of whole float32 numbers, rounded to float32 once.
+    """The exact sum of products of whole float32 numbers, as int32.
 
     Float32 sums whole numbers exactly while `size · largest_product < 2^24`. Longer sums are cut into parts that stay
     below, which are added in int32; where they cannot be cut, everything is int32.
     """
     size = op.size(lhs, rhs)
     if size * largest_product < _FLOAT32_EXACT:
-        return op(lhs, rhs, jnp.float32)
+        return op(lhs, rhs, jnp.float32).astype(jnp.int32)
     axes = op.split_axes(lhs)
     step = 0
     if axes is not None:
         per_index = size // lhs.shape[axes[0]] * largest_product
         step = (_FLOAT32_EXACT - 1) // per_index
     if axes is None or step == 0:
-        return op(lhs.astype(jnp.int32), rhs.astype(jnp.int32), jnp.int32).astype(jnp.float32)
+        return op(lhs.astype(jnp.int32), rhs.astype(jnp.int32), jnp.int32)
     total = None
     for start in range(0, lhs.shape[axes[0]], step):
         stop = min(start + step, lhs.shape[axes[0]])
@@ -132,4 +138,4 @@ def sum_of_products(op: Contraction, lhs: jax.Array, rhs: jax.Array, largest_pro
         part = op(left, right, jnp.float32).astype(jnp.int32)
         total = part if total is None else total + part
     assert total is not None
-    return total.astype(jnp.float32)
+    return total

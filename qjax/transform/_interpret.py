@@ -12,16 +12,18 @@ from jax import lax
 
 from qjax._granularity import PerTensor, statistic_shape
 from qjax._quantize import QTensor, quantize, quantize_with_mask
-from qjax._requantize import add_bias, requantize_unclamped
+from qjax._requantize import Accumulator, Engines, Kernel, kernel_of, requantize_unclamped
+from qjax._spec import QuantSpec
 from qjax.estimators import straight_through
 from qjax.observers import Observer
 from qjax.transform import _calls, _jaxpr
 from qjax.transform._calls import Outcome
+from qjax.transform._contraction import Conv
 from qjax.transform._hoist import early_quantizers
-from qjax.transform._product import multiply, unit_of
+from qjax.transform._product import multiply, multiply_exactly, scales_of
 from qjax.transform._recipe import BoundRecipe
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
-from qjax.transform._values import Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
+from qjax.transform._values import Accumulated, Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
 
 Mode = Literal["init", "calibrate", "train", "eval"]
 Compute = Literal["codes", "dequantized"]
@@ -34,6 +36,7 @@ class Plan:
     recipe: BoundRecipe
     mode: Mode
     compute: Compute
+    engine: Engines = "fbgemm"  # whose arithmetic mode "eval" predicts
     keeps_codes: bool = False  # whether the codes are asked for; a loop has to stack them
 
 
@@ -123,10 +126,12 @@ class Interpreter:
         both = all(isinstance(operand, Quantized) for operand in operands)
         if both and self._plan.compute == "codes" and self._plan.mode != "calibrate":
             out = node.eqn.outvars[0].aval
-            unit = unit_of(op.contraction, lhs, rhs, len(out.shape))
-            if unit is not None:
+            scales = scales_of(op.contraction, lhs, rhs, len(out.shape))
+            if scales is not None:
                 self.computed[op.name] = "codes"
-                return self._multiply(op, lhs, rhs, unit, out.dtype)
+                if self._plan.mode != "eval":
+                    return multiply(op.contraction, lhs, rhs, scales[0] * scales[1], out.dtype)
+                return self._accumulate(op, lhs, rhs, scales, out.dtype)
         some = any(isinstance(operand, Quantized) for operand in operands)
         self.computed[op.name] = "dequantized" if some else "float"
         return _jaxpr.bind(node.eqn, [to_real(operand) for operand in operands])[0]
@@ -149,9 +154,28 @@ class Interpreter:
         codes = None if table.codes is None else row_codes(op, table, indices)
         return dataclasses.replace(table, carrier=carrier, codes=codes)
 
-    def _multiply(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: Any) -> Scaled:
+    def _accumulate(
+        self, op: Op, lhs: Quantized, rhs: Quantized, scales: tuple[jax.Array, jax.Array], dtype: Any
+    ) -> Accumulated:
+        sums, carrier = self._sums(op, lhs, rhs, scales[0] * scales[1])
+        input_scale, weight_scale = scales[::-1] if op.weight == 0 else scales
+        accumulator = Accumulator(lax.stop_gradient(sums), input_scale, weight_scale)
+        kernel = self._kernel(op, (lhs if op.weight == 0 else rhs).spec)
+        return Accumulated(None if carrier is None else carrier.astype(dtype), accumulator, kernel, dtype)
+
+    def _sums(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         assert op.contraction is not None
-        return multiply(op.contraction, lhs, rhs, unit, dtype, exact=self._plan.mode == "eval")
+        return multiply_exactly(op.contraction, lhs, rhs, unit)
+
+    def _kernel(self, op: Op, weight: QuantSpec) -> Kernel:
+        conv = op.contraction if isinstance(op.contraction, Conv) else None
+        return kernel_of(
+            self._plan.engine,
+            op.kind,
+            groups=1 if conv is None else conv.feature_group_count,
+            has_output_padding=conv is not None and conv.has_output_padding,
+            weight=weight,
+        )
 
     def _operand(self, op: Op, index: int, value: Value) -> Value:
         role = operand_role(op, index)
@@ -201,16 +225,14 @@ class Interpreter:
         if mode == "calibrate":
             return Quantized(real, None, None, spec, key, real.dtype)
         qparams = observer.qparams(state)
-        if isinstance(value, Scaled) and spec.is_deployed:
-            # What the deployed kernel would do with this accumulator. Training clips where the observer's range ends, as
-            # torch's fake-quant does; the kernel saturates at the limits of the format.
-            deployed = mode == "eval"
-            low = spec.format.quant_min if deployed else spec.quant_min
-            high = spec.format.quant_max if deployed else spec.quant_max
+        if isinstance(value, Accumulated) and spec.is_deployed and not observer.dynamic:
+            # What the deployed kernel does with its accumulator; it saturates at the limits of the format.
+            low, high = spec.format.quant_min, spec.format.quant_max
+            codes, in_range = _clamped(value.kernel.unclamped(value.accumulator, qparams), low, high, spec)
+        elif isinstance(value, Scaled) and spec.is_deployed:
+            # Nearly the same; but training clips where the observer's range ends, as torch's fake-quant does.
             unclamped = requantize_unclamped(lax.stop_gradient(value.units), value.unit, qparams)
-            unclamped = jnp.where(jnp.isnan(unclamped), low - 1.0, unclamped)
-            in_range = (unclamped >= low) & (unclamped <= high)
-            codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
+            codes, in_range = _clamped(unclamped, spec.quant_min, spec.quant_max, spec)
         else:
             codes, in_range = quantize_with_mask(real, qparams, spec, caller=f"prepare ({key})")
         dequantized = dequantize_unfused(QTensor.of(codes, qparams, spec), real.dtype)
@@ -220,19 +242,25 @@ class Interpreter:
     # -- everything else ---------------------------------------------------------------------------------------------
 
     def _equation(self, graph: Graph, node: Node, values: list[Value], env: Mapping[int, Value]) -> Sequence[Value]:
-        structured = [i for i, value in enumerate(values) if isinstance(value, Scaled | Quantized)]
+        structured = [i for i, value in enumerate(values) if isinstance(value, Scaled | Accumulated | Quantized)]
         if len(structured) == 1:
             value = values[structured[0]]
             kept = carry(node, value)
-            if kept is None and isinstance(value, Scaled):
+            if kept is None and isinstance(value, Scaled | Accumulated):
                 kept = self._add_bias(graph, node, structured[0], value, values, env)
             if kept is not None:
                 return [kept]
         return _jaxpr.bind(node.eqn, [to_real(value) for value in values])
 
     def _add_bias(
-        self, graph: Graph, node: Node, index: int, value: Scaled, values: list[Value], env: Mapping[int, Value]
-    ) -> Scaled | None:
+        self,
+        graph: Graph,
+        node: Node,
+        index: int,
+        value: Scaled | Accumulated,
+        values: list[Value],
+        env: Mapping[int, Value],
+    ) -> Scaled | Accumulated | None:
         operand = node.inputs[1 - index] if len(node.inputs) == 2 else None
         if node.eqn.primitive.name not in ("add", "add_any") or not isinstance(operand, int):
             return None
@@ -241,19 +269,24 @@ class Interpreter:
         bias = to_real(values[1 - index])
         if operand in graph.broadcasts:
             source, dimensions = graph.broadcasts[operand]
-            bias = thin(to_real(env[source]), dimensions, value.units.ndim)
+            bias = thin(to_real(env[source]), dimensions, value.ndim)
         if bias.ndim == 0:
-            bias = bias.reshape((1,) * value.units.ndim)
-        if bias.ndim != value.units.ndim:
+            bias = bias.reshape((1,) * value.ndim)
+        if bias.ndim != value.ndim:
             return None
         bias = bias.astype(jnp.float32)
-        if self._plan.mode == "eval":
-            units = add_bias(value.units, bias, value.unit)
-        else:  # a training step does not pay for an emulated FMA
-            units = value.units + bias / jnp.broadcast_to(
-                value.unit, jnp.broadcast_shapes(value.unit.shape, bias.shape)
-            )
-        return dataclasses.replace(value, units=units)
+        if isinstance(value, Accumulated):
+            if value.accumulator.bias is not None or value.accumulator.relu:
+                return None  # a kernel adds one bias, before its ReLU
+            carrier = value.carrier
+            if carrier is not None:
+                operands = [carrier if i == index else to_real(other) for i, other in enumerate(values)]
+                carrier = _jaxpr.bind(node.eqn, operands)[0]
+            accumulator = dataclasses.replace(value.accumulator, bias=lax.stop_gradient(bias))
+            return dataclasses.replace(value, carrier=carrier, accumulator=accumulator)
+        # A training step does not pay for an emulated FMA.
+        unit = jnp.broadcast_to(value.unit, jnp.broadcast_shapes(value.unit.shape, bias.shape))
+        return dataclasses.replace(value, units=value.units + bias / unit)
 
     def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
         names = {op.name for op in node.ops()}
@@ -294,6 +327,13 @@ class Interpreter:
 
 def _shape(real: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(real.shape, real.dtype)
+
+
+def _clamped(unclamped: jax.Array, low: float, high: float, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """Codes, NaN the lowest; and where the gradient passes, which is where nothing was clamped."""
+    unclamped = jnp.where(jnp.isnan(unclamped), low - 1.0, unclamped)
+    in_range = (unclamped >= low) & (unclamped <= high)
+    return jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype), in_range
 
 
 def static_quantizers(graph: Graph, recipe: BoundRecipe) -> dict[str, Observer]:

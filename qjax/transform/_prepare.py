@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from qjax._qparams import is_concrete
 from qjax._quantize import QTensor
+from qjax._requantize import Engines, check_engine
 from qjax.transform._calls import op_of
 from qjax.transform._interpret import Compute, Interpreter, Mode, Plan
 from qjax.transform._ops import OpTable, op_table
@@ -27,7 +28,14 @@ class QuantVars(NamedTuple):
     state: dict[str, Any]  # observer states by quantizer, such as "Dense_0/input"
 
 
-def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, compute: Compute = "codes") -> Prepared:
+def prepare(
+    fn: Callable[..., Any],
+    recipe: Recipe,
+    *,
+    params_argnum: int = 0,
+    compute: Compute = "codes",
+    engine: Engines = "fbgemm",
+) -> Prepared:
     """Quantize a JAX function by rewriting its jaxpr: no edits to the model, no layer classes to swap in.
 
     The function is traced at every call and its dots, convolutions and embeddings are evaluated as the recipe says, those
@@ -53,10 +61,23 @@ def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, c
 
     With `compute="codes"` an op whose two operands are quantized multiplies integer codes, which is exact, and rescales
     once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the
-    next quantizer sees what the deployed fbgemm kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale
+    next quantizer sees what the deployed kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale
     varies along a contracted axis, or with `compute="dequantized"`, the dequantized operands are multiplied instead.
     Codes are kept for the backward pass, a byte an element, by a custom_vjp. That is for first derivatives: forward mode
     is refused, and second derivatives take the codes for constants. Use `"dequantized"` for either.
+
+    Which kernel that is says `engine`. With u = scale_x · scale_w, 1/v for a rounded reciprocal, everything in float32 unless
+    it says otherwise, and codes that saturate and have the zero_point added after the rounding, the engines compute
+
+    | engine      | codes of a static output                                                         | floats         |
+    |-------------|----------------------------------------------------------------------------------|----------------|
+    | `"fbgemm"`  | `rint((acc + b/u) · (u/s))`; of a weight per tensor `fma(b, 1/u, acc)`           | fma(acc, u, b) |
+    | `"onednn"`  | `rint((((acc · X) · W) + b) · (1/s))`; X, W are `1/(1/scale)`, a conv's W is not | ((acc·X)·W)+b  |
+    | `"qnnpack"` | `rint((acc + rint(b · (1/u))) · (u · (1/s)))`, the bias added as an int32        | (acc·u)+b      |
+    | `"exact"`   | `rint((acc · scale_x · scale_w + b) / s)` of the real number, rounded once       | fma(acc, u, b) |
+
+    `"x86"`, torch's default, takes fbgemm for dots, onednn for convolutions of up to 100 groups with symmetric weights. These
+    are PyTorch 2.13's kernels on processors with VNNI instructions. Training computes nearly what fbgemm does, for any engine.
 
     Args:
       fn: Any function of arrays; `fn(params, *args) -> out`, without keyword arguments. Arguments that are not arrays
@@ -64,13 +85,15 @@ def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, c
       recipe: Which ops are quantized how.
       params_argnum: Which argument holds the parameters.
       compute: `"codes"` or `"dequantized"`.
+      engine: Whose kernels mode "eval" and `qjax.convert` compute: a name of the table, or a name for each kind of op such as
+        `{"dot": "fbgemm", "conv": "exact"}`.
 
     Returns:
       A `Prepared` function.
 
     Raises:
       TypeError: fn is not callable or recipe is not a Recipe.
-      ValueError: An unknown `compute`, or a negative `params_argnum`.
+      ValueError: An unknown `compute` or `engine`, or a negative `params_argnum`.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -85,13 +108,21 @@ def prepare(fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int = 0, c
       >>> print(out.round(3))
       [[0.098 0.996]]
     """
-    return Prepared(fn, recipe, params_argnum=params_argnum, compute=compute)
+    return Prepared(fn, recipe, params_argnum=params_argnum, compute=compute, engine=engine)
 
 
 class Prepared:
     """A quantized function; see `prepare`. It holds no arrays: what changes is in the `QuantVars` it takes and returns."""
 
-    def __init__(self, fn: Callable[..., Any], recipe: Recipe, *, params_argnum: int, compute: Compute) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        recipe: Recipe,
+        *,
+        params_argnum: int,
+        compute: Compute,
+        engine: Engines = "fbgemm",
+    ) -> None:
         if not callable(fn):
             raise TypeError(f"prepare: fn must be callable, got {fn!r} of type {type(fn).__name__}.")
         if not isinstance(recipe, Recipe):
@@ -102,10 +133,12 @@ class Prepared:
             raise ValueError(f"prepare: params_argnum must be an int >= 0, got {params_argnum!r}.")
         if compute not in get_args(Compute):
             raise ValueError(f"prepare: compute must be one of {get_args(Compute)}, got {compute!r}.")
+        check_engine(engine, "prepare")
         self.fn = fn
         self.recipe = recipe
         self.params_argnum = params_argnum
         self.compute: Compute = compute
+        self.engine: Engines = dict(engine) if isinstance(engine, Mapping) else engine
         self.signature: tuple[Any, ...] | None = None  # of init or the last "eval" call: shapes only, for `convert`
 
     def init(self, *args: Any) -> QuantVars:
@@ -239,9 +272,8 @@ class Prepared:
                 "Call prepared(qvars, params, x)."
             )
         traced = self.trace(*args)
-        interpreter = Interpreter(
-            Plan(self.recipe.bind(traced), cast(Mode, mode), self.compute, keeps_codes), qvars.state
-        )
+        plan = Plan(self.recipe.bind(traced), cast(Mode, mode), self.compute, self.engine, keeps_codes)
+        interpreter = Interpreter(plan, qvars.state)
         outputs = interpreter.run(traced.graph, self.array_leaves(args))
         if mode == "eval":
             self.signature = shapes_of(tuple(args))

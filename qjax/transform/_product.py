@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import lax
 from qjax._granularity import PerChannel, expand
 from qjax._spec import QuantSpec
 from qjax.transform._contraction import Contraction, sum_of_products
-from qjax.transform._values import Quantized, Scaled
+from qjax.transform._values import Quantized, Scaled, rescale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class _Static:
     exact: bool
 
 
-def unit_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> jax.Array | None:
-    """What one unit of the accumulator is worth: `scale_lhs · scale_rhs`, laid out for the output.
+def scales_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> tuple[jax.Array, jax.Array] | None:
+    """The scales of both operands, laid out for the output; their product is what one unit of the accumulator is worth.
 
     None where a scale varies along a contracted axis, so that it cannot be taken out of the sum, or where the codes are not
     whole numbers that can be multiplied.
@@ -44,25 +45,34 @@ def unit_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> j
             sizes = dict(zip(sorted(places), scale.shape, strict=True))
             scale = scale.reshape(tuple(sizes.get(i, 1) for i in range(out_ndim)))
         factors.append(scale)
-    return lax.stop_gradient(factors[0] * factors[1])
+    return lax.stop_gradient(factors[0]), lax.stop_gradient(factors[1])
 
 
-def multiply(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: object, *, exact: bool) -> Scaled:
-    """Sum the products `(q_lhs - z_lhs)(q_rhs - z_rhs)`; the result stands for `units · unit`.
+def multiply(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: object) -> Scaled:
+    """Sum the products `(q_lhs - z_lhs)(q_rhs - z_rhs)`; the result stands for `units · unit`. Float32 may round a long sum.
 
     Args:
       op: The dot or convolution.
       lhs: Left operand, with codes.
       rhs: Right operand, with codes.
-      unit: From `unit_of`.
+      unit: The product of both `scales_of`.
       dtype: Of the real result.
-      exact: Keep sums exact whatever their length, as the integer kernel does; else float32 may round a long one.
     """
+    sums: tuple[jax.Array, None] = _multiply(*_arguments(op, lhs, rhs, exact=False))
+    return Scaled(sums[0], unit, dtype)
+
+
+def multiply_exactly(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The exact sums in int32, as the integer kernel has them, and the reals that carry their gradient."""
+    sums: tuple[jax.Array, jax.Array] = _multiply(*_arguments(op, lhs, rhs, exact=True))
+    return sums[1], rescale(sums[0], unit)
+
+
+def _arguments(op: Contraction, lhs: Quantized, rhs: Quantized, *, exact: bool) -> tuple[Any, ...]:
     assert lhs.codes is not None
     assert rhs.codes is not None
     static = _Static(op, (lhs.spec, rhs.spec), exact)
-    units: jax.Array = _multiply(static, lhs.carrier, rhs.carrier, lhs.codes, rhs.codes, lhs.qparams, rhs.qparams)
-    return Scaled(units, unit, dtype)
+    return static, lhs.carrier, rhs.carrier, lhs.codes, rhs.codes, lhs.qparams, rhs.qparams
 
 
 def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -84,8 +94,9 @@ def _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams):
     left = shifted(lhs_codes, lhs_qparams.zero_point, static.specs[0])
     right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
     if not static.exact:
-        return static.op(left, right, jnp.float32)
-    return sum_of_products(static.op, left, right, _largest(static.specs[0]) * _largest(static.specs[1]))
+        return static.op(left, right, jnp.float32), None
+    sums = sum_of_products(static.op, left, right, _largest(static.specs[0]) * _largest(static.specs[1]))
+    return sums.astype(jnp.float32), sums
 
 
 def _multiply_fwd(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams):  # type: ignore[no-untyped-def]
@@ -97,6 +108,7 @@ def _multiply_fwd(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qpara
 
 def _multiply_bwd(static, residuals, cotangent):  # type: ignore[no-untyped-def]
     lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, dtypes = residuals
+    cotangent, _ = cotangent
     left = shifted(lhs_codes, lhs_qparams.zero_point, static.specs[0])
     right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
     (to_left,) = jax.linear_transpose(lambda a: static.op(a, right, jnp.float32), left)(cotangent)

@@ -16,6 +16,7 @@ from qjax._arithmetic import unfused
 from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._quantize import QTensor
+from qjax._requantize import Accumulator, Kernel
 from qjax._spec import QuantSpec
 from qjax.transform import _jaxpr
 from qjax.transform._trace import Node
@@ -39,9 +40,38 @@ class Scaled:
     unit: jax.Array  # float32, () or of the rank of units and broadcastable to it
     dtype: Any = dataclasses.field(metadata={"static": True})  # of the real it stands for
 
+    @property
+    def ndim(self) -> int:
+        """The rank of the value."""
+        return self.units.ndim
+
     def real(self) -> jax.Array:
         """The real that it stands for."""
-        return _rescale(self.units, self.unit).astype(self.dtype)
+        return rescale(self.units, self.unit).astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Accumulated:
+    """A result as the deployed kernel holds it, in mode "eval" and in an integer program.
+
+    The carrier is what float equations make of it, for the gradient alone; an integer program has none.
+    """
+
+    carrier: jax.Array | None  # of dtype
+    accumulator: Accumulator
+    kernel: Kernel = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of the real it stands for
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the value."""
+        return self.accumulator.sums.ndim
+
+    def real(self) -> jax.Array:
+        """The real that the kernel gives out."""
+        value = self.kernel.reals(self.accumulator).astype(self.dtype)
+        return value if self.carrier is None else _with_gradient_of(self.carrier, value)
 
 
 @jax.tree_util.register_dataclass
@@ -79,16 +109,30 @@ class Quantized:
 
 
 @jax.custom_jvp
-def _rescale(units: jax.Array, unit: jax.Array) -> jax.Array:
+def _with_gradient_of(carrier: jax.Array, value: jax.Array) -> jax.Array:
+    del carrier
+    return value
+
+
+@_with_gradient_of.defjvp
+def _with_gradient_of_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _with_gradient_of(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def rescale(units: jax.Array, unit: jax.Array) -> jax.Array:
+    """`units · unit`, whose gradient does not flow into the unit."""
     # Whatever is added next must not be contracted with this product, or jit would give other floats than eager calls.
     return unfused(units * unit)
 
 
-@_rescale.defjvp
+@rescale.defjvp
 def _rescale_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    return _rescale(*primals), tangents[0] * primals[1]  # the unit is a statistic: no gradient flows into it
+    return rescale(*primals), tangents[0] * primals[1]  # the unit is a statistic: no gradient flows into it
 
 
 def dequantize_unfused(tensor: QTensor, dtype: Any) -> jax.Array:
@@ -102,12 +146,12 @@ class _Absent:
 
 ABSENT = _Absent()
 
-Value = Any  # jax.Array | Scaled | Quantized | ABSENT
+Value = Any  # jax.Array | Scaled | Accumulated | Quantized | ABSENT
 
 
 def to_real(value: Value) -> Any:
     """The float array that a value stands for."""
-    return value.real() if isinstance(value, Scaled | Quantized) else value
+    return value.real() if isinstance(value, Scaled | Accumulated | Quantized) else value
 
 
 def thin(source: Any, dimensions: tuple[int, ...], ndim: int) -> Any:
@@ -124,6 +168,8 @@ def carry(node: Node, value: Value) -> Value | None:
         return _carry_quantized(node, value)
     if isinstance(value, Scaled):
         return _carry_scaled(node, value)
+    if isinstance(value, Accumulated):
+        return _carry_accumulated(node, value)
     return None
 
 
@@ -177,3 +223,45 @@ def _carry_scaled(node: Node, value: Scaled) -> Scaled | None:
     elif unit.ndim:
         unit = _jaxpr.bind(node.eqn, [jnp.broadcast_to(unit, value.units.shape)])[0]
     return Scaled(_jaxpr.bind(node.eqn, [value.units])[0], unit, value.dtype)
+
+
+def _carry_accumulated(node: Node, value: Accumulated) -> Accumulated | None:
+    dtype = _jaxpr.new_dtype(node.eqn)
+    is_cast = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    accumulator = value.accumulator
+    if node.is_relu:
+        accumulator = dataclasses.replace(accumulator, relu=True)
+    elif not is_cast:
+        moved = _move(node, accumulator)
+        if moved is None:
+            return None
+        accumulator = moved
+    carrier = value.carrier
+    if carrier is not None:
+        operands = [carrier if isinstance(operand, int) else operand.value for operand in node.inputs]
+        carrier = _jaxpr.bind(node.eqn, operands)[0]
+    return dataclasses.replace(value, carrier=carrier, accumulator=accumulator, dtype=dtype if is_cast else value.dtype)
+
+
+def _move(node: Node, accumulator: Accumulator) -> Accumulator | None:
+    """The accumulator with its elements moved, or the largest picked of those whose kernel does the same to them."""
+    if len(node.inputs) != 1:
+        return None
+    sums = accumulator.sums
+    pooled = _jaxpr.pooled_axes(node.eqn, sums.ndim)
+    if pooled is None and node.eqn.primitive.name not in LAYOUT:
+        return None
+
+    def follow(factor: jax.Array | None) -> Any:
+        if factor is None or factor.ndim == 0:
+            return factor
+        if pooled is None:
+            return _jaxpr.bind(node.eqn, [jnp.broadcast_to(factor, sums.shape)])[0]
+        return lax.squeeze(factor, pooled) if _jaxpr.removes_axes(node.eqn) else factor
+
+    factors = (accumulator.input_scale, accumulator.weight_scale, accumulator.bias)
+    if pooled is not None and any(
+        factor is not None and factor.ndim and any(factor.shape[axis] != 1 for axis in pooled) for factor in factors
+    ):
+        return None  # elements of different units cannot be compared
+    return Accumulator(_jaxpr.bind(node.eqn, [sums])[0], *map(follow, factors), relu=accumulator.relu)

@@ -54,11 +54,16 @@ def case(rng, granularity, bias):
     )
 
 
-def codes_differ(prepared, params, x, many_qvars):
-    """How many codes the simulation gets wrong, by the integer program, over all variables."""
+def predicted(prepared, params, x, many_qvars):
+    """The codes of the simulation for each of the variables."""
     predict = jax.jit(lambda qvars: prepared.codes(qvars, params, x))
+    return [predict(qvars) for qvars in many_qvars]
+
+
+def codes_differ(codes, prepared, params, x, many_qvars):
+    """How many codes the simulation gets wrong, by the integer program, over all variables."""
     compute = jax.jit(lambda qvars: qjax.convert(prepared, qvars, params).codes(x))
-    return sum(mismatches(predict(qvars), compute(qvars))[0] for qvars in many_qvars)
+    return sum(mismatches(predicted, compute(qvars))[0] for predicted, qvars in zip(codes, many_qvars, strict=True))
 
 
 @pytest.mark.long
@@ -66,23 +71,22 @@ def codes_differ(prepared, params, x, many_qvars):
 @pytest.mark.parametrize("granularity", [qjax.PerTensor(), qjax.PerChannel(-1)], ids=str)
 def test_requantization(rng, monkeypatch, wrong, granularity):
     arguments = case(rng, granularity, bias=False)
-    assert codes_differ(*arguments) == 0
-    monkeypatch.setattr("qjax.transform._interpret.requantize_unclamped", wrong)
-    assert codes_differ(*arguments) > 0
+    assert codes_differ(predicted(*arguments), *arguments) == 0
+    monkeypatch.setattr("qjax._requantize._fbgemm.requantize_unclamped", wrong)
+    wrong_codes = predicted(*arguments)
+    monkeypatch.undo()
+    assert codes_differ(wrong_codes, *arguments) > 0
 
 
 @pytest.mark.parametrize("granularity", [qjax.PerTensor(), qjax.PerChannel(-1)], ids=str)
 def test_a_bias_added_after_the_rescaling(rng, monkeypatch, granularity):
     """A simulation that leaves the accumulator for its bias, as a chain of float ops does."""
     arguments = case(rng, granularity, bias=True)
-    assert codes_differ(*arguments) == 0
+    assert codes_differ(predicted(*arguments), *arguments) == 0
     monkeypatch.setattr("qjax.transform._interpret.Interpreter._add_bias", lambda *args: None)
-    prepared, params, x, many_qvars = arguments
-    wrong = jax.jit(lambda qvars: prepared.codes(qvars, params, x))
-    wrong_codes = [wrong(qvars) for qvars in many_qvars]
+    wrong_codes = predicted(*arguments)
     monkeypatch.undo()
-    right = jax.jit(lambda qvars: qjax.convert(prepared, qvars, params).codes(x))
-    assert sum(mismatches(a, right(qvars))[0] for a, qvars in zip(wrong_codes, many_qvars, strict=True)) > 0
+    assert codes_differ(wrong_codes, *arguments) > 0
 
 
 def test_the_fused_bias_of_a_per_tensor_weight(rng):

@@ -20,7 +20,12 @@ COVERED = (
     "qjax/_packing.py",
     "qjax/_qparams.py",
     "qjax/_quantize.py",
-    "qjax/_requantize.py",
+    "qjax/_requantize/_accumulator.py",
+    "qjax/_requantize/_engines.py",
+    "qjax/_requantize/_exact.py",
+    "qjax/_requantize/_fbgemm.py",
+    "qjax/_requantize/_onednn.py",
+    "qjax/_requantize/_qnnpack.py",
     "qjax/_rounding.py",
     "qjax/_scale_rules.py",
     "qjax/_spec.py",
@@ -45,7 +50,8 @@ NUMERICS = (
         f"qjax/_{name}.py"
         for name in ("formats", "codes", "granularity", "packing", "conventions", "spec", "arithmetic", "rounding")
     ),
-    *(f"qjax/_{name}.py" for name in ("scale_rules", "qparams", "quantize", "requantize", "fake_quantize")),
+    *(f"qjax/_{name}.py" for name in ("scale_rules", "qparams", "quantize", "fake_quantize")),
+    "qjax/_requantize/*.py",
     "qjax/estimators/*.py",
     "qjax/observers/*.py",
 )

@@ -42,7 +42,7 @@ def test_matmul(rng, size, branches, worst):
     a, b = codes(rng, (3, size), 255, worst), codes(rng, (size, 4), 127, worst)
     lhs, rhs = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     assert branch(MATMUL, lhs, rhs, 255 * 127) == branches
-    want = (a.astype(np.int64) @ b.astype(np.int64)).astype(np.float32)
+    want = a.astype(np.int64) @ b.astype(np.int64)
     for compute in (sum_of_products, jax.jit(sum_of_products, static_argnums=(0, 3))):
         np.testing.assert_array_equal(compute(MATMUL, lhs, rhs, 255 * 127), want)
 
@@ -52,7 +52,7 @@ def test_a_plain_float32_sum_would_be_wrong():
     a = np.full((1, 5001), 255)
     b = np.full((5001, 1), 127)
     a[0, ::2], b[::2] = 1, 1
-    exact = (a.astype(np.int64) @ b.astype(np.int64)).astype(np.float32)
+    exact = a.astype(np.int64) @ b.astype(np.int64)
     lhs, rhs = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     np.testing.assert_array_equal(sum_of_products(MATMUL, lhs, rhs, 255 * 127), exact)
     sequential = np.float32(0)
@@ -66,7 +66,7 @@ def test_several_contracted_axes_and_a_batch(rng):
     a, b = codes(rng, (2, 40, 3, 30), 255, False), codes(rng, (2, 30, 5, 40), 128, False)
     lhs, rhs = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     assert len(branch(op, lhs, rhs, 255 * 128)) > 1
-    want = np.einsum("bikj,bjli->bkl", a.astype(np.int64), b.astype(np.int64)).astype(np.float32)
+    want = np.einsum("bikj,bjli->bkl", a.astype(np.int64), b.astype(np.int64))
     np.testing.assert_array_equal(sum_of_products(op, lhs, rhs, 255 * 128), want)
 
 
@@ -93,7 +93,7 @@ def conv_by_hand(a, b, op):
             first = o // (outputs // groups) * per_group
             window = a[:, position * stride : position * stride + reach : dilation, first : first + per_group]
             out[:, position, o] = (window * b[:, :, o].astype(np.int64)).sum(axis=(1, 2))
-    return out.astype(np.float32)
+    return out
 
 
 @pytest.mark.parametrize(

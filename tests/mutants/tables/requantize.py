@@ -4,7 +4,9 @@ from functools import partial
 
 from tests.mutants.mutant import Mutant
 
-FILE = "qjax/_requantize.py"
+FILE = "qjax/_requantize/_fbgemm.py"
+SHARED = "qjax/_requantize/_accumulator.py"
+ENGINES = "tests/numerics/test_engines.py"
 TESTS = "tests/numerics/test_requantize.py"
 
 bias = partial(
@@ -22,7 +24,13 @@ codes = partial(
         TESTS,
     ),
 )
-SATURATED = "rounded = jnp.clip(round_half_even(units * multiplier), -_INT16_LIMIT - 1, _INT16_LIMIT)"
+shared = partial(codes, file=SHARED, within="saturating")
+ends = partial(Mutant, tests=(ENGINES,))
+onednn = partial(ends, file="qjax/_requantize/_onednn.py")
+qnnpack = partial(ends, file="qjax/_requantize/_qnnpack.py")
+exact = partial(ends, file="qjax/_requantize/_exact.py")
+engines = partial(ends, file="qjax/_requantize/_engines.py")
+SATURATED = "rounded = jnp.clip(round_half_even(scaled), -_INT16_LIMIT - 1, _INT16_LIMIT)"
 
 MUTANTS = (
     bias(
@@ -132,30 +140,24 @@ MUTANTS = (
         new="divide(units * unit, jnp.broadcast_to(qparams.scale, units.shape))",
         flips="units · (unit / scale) → (units · unit) / scale",
     ),
-    codes(
+    shared(
         name="requantize/zero-point-before-rounding",
-        within="requantize_unclamped",
         kind="zero_point",
-        old="rounded = jnp.clip(round_half_even(units * multiplier), -_INT16_LIMIT - 1, _INT16_LIMIT)\n"
-        "    return rounded + qparams.zero_point.astype(jnp.float32)",
-        new="point = qparams.zero_point.astype(jnp.float32)\n"
-        "    low, high = -_INT16_LIMIT - 1 + point, _INT16_LIMIT + point\n"
-        "    return jnp.clip(round_half_even(units * multiplier + point), low, high)",
+        old="zero_point = qparams.zero_point.astype(jnp.float32)\n    codes = rounded + zero_point",
+        new="zero_point = qparams.zero_point.astype(jnp.float32)\n"
+        "    low, high = -_INT16_LIMIT - 1 + zero_point, _INT16_LIMIT + zero_point\n"
+        "    codes = jnp.clip(round_half_even(scaled + zero_point), low, high)",
         flips="zero_point is added after the rounding → before it",
     ),
-    codes(
+    shared(
         name="requantize/zero-point-saturated",
-        within="requantize_unclamped",
         kind="zero_point",
-        old="rounded = jnp.clip(round_half_even(units * multiplier), -_INT16_LIMIT - 1, _INT16_LIMIT)\n"
-        "    return rounded + qparams.zero_point.astype(jnp.float32)",
-        new="rounded = round_half_even(units * multiplier) + qparams.zero_point.astype(jnp.float32)\n"
-        "    return jnp.clip(rounded, -_INT16_LIMIT - 1, _INT16_LIMIT)",
+        old="codes = rounded + zero_point",
+        new="codes = jnp.clip(round_half_even(scaled) + zero_point, -_INT16_LIMIT - 1, _INT16_LIMIT)",
         flips="the int16 stage comes before zero_point → after it",
     ),
-    codes(
+    shared(
         name="requantize/int16-low",
-        within="requantize_unclamped",
         kind="clip",
         old="-_INT16_LIMIT - 1",
         new="-_INT16_LIMIT",
@@ -163,26 +165,133 @@ MUTANTS = (
     ),
     codes(
         name="requantize/int16-high",
+        file=SHARED,
         kind="clip",
         old="_INT16_LIMIT = 32767.0",
         new="_INT16_LIMIT = 32766.0",
         flips="the int16 stage reaches 32767 → 32766",
     ),
-    codes(
+    shared(
         name="requantize/no-int16",
-        within="requantize_unclamped",
         kind="clip",
         old=SATURATED,
-        new="rounded = round_half_even(units * multiplier)",
+        new="rounded = round_half_even(scaled)",
         flips="the sum saturates like int16 → it does not",
     ),
-    codes(
+    shared(
         name="requantize/saturated-before-rounding",
-        within="requantize_unclamped",
         kind="rounding",
         old=SATURATED,
-        new="rounded = round_half_even(jnp.clip(units * multiplier, -_INT16_LIMIT - 1, _INT16_LIMIT))",
+        new="rounded = round_half_even(jnp.clip(scaled, -_INT16_LIMIT - 1, _INT16_LIMIT))",
         flips="rounded, then saturated → saturated, then rounded",
         equivalent="both limits are whole numbers and rounding is monotone, so the two commute; NaN passes through both",
+    ),
+    ends(
+        name="fbgemm/floats-in-two-roundings",
+        file=FILE,
+        within="fbgemm_reals",
+        kind="fma",
+        old="fma(units, accumulator.unit, accumulator.bias)",
+        new="unfused(units * accumulator.unit) + accumulator.bias",
+        flips="float outputs end with an FMA → with a product and a sum",
+    ),
+    ends(
+        name="fbgemm/no-relu",
+        file=FILE,
+        within="fbgemm_codes",
+        kind="clip",
+        old="if accumulator.relu else codes",
+        new="if False else codes",
+        flips="a ReLU clamps at zero_point → it is forgotten",
+    ),
+    onednn(
+        name="onednn/scale-as-it-is",
+        within="onednn_reals",
+        kind="division",
+        old="through_reciprocals(accumulator.input_scale)",
+        new="accumulator.input_scale",
+        flips="the input's scale is the reciprocal of a reciprocal → it is as it stands",
+    ),
+    onednn(
+        name="onednn/conv-like-dot",
+        within="onednn_reals",
+        kind="division",
+        old="accumulator.weight_scale if is_conv else",
+        new="accumulator.weight_scale if not is_conv else",
+        flips="a convolution takes the weight's scale as it is, a dot its reciprocal's reciprocal → the other way round",
+    ),
+    onednn(
+        name="onednn/zero-point-after-rounding",
+        within="onednn_codes",
+        kind="zero_point",
+        old="round_half_even(scaled + qparams.zero_point.astype(jnp.float32))",
+        new="round_half_even(scaled) + qparams.zero_point.astype(jnp.float32)",
+        flips="zero_point is added before the rounding → after it",
+    ),
+    onednn(
+        name="onednn/one-multiplication",
+        within="onednn_reals",
+        kind="rounding",
+        old="by_input = unfused(accumulator.sums.astype(jnp.float32) * through_reciprocals(accumulator.input_scale))\n"
+        "    reals = unfused(by_input * weight_scale)",
+        new="reals = accumulator.sums.astype(jnp.float32) * (through_reciprocals(accumulator.input_scale) * weight_scale)\n"
+        "    reals = unfused(reals)",
+        flips="(sums · X) · W → sums · (X · W)",
+    ),
+    qnnpack(
+        name="qnnpack/bias-divided",
+        within="quantized_bias",
+        kind="division",
+        old="round_half_even(bias * (1.0 / unit))",
+        new="jnp.trunc(bias * (1.0 / unit))",
+        flips="the bias is rounded to an integer → cut off",
+    ),
+    qnnpack(
+        name="qnnpack/divided-by-scale",
+        within="qnnpack_codes",
+        kind="division",
+        old="unfused(unit) * unfused(1.0 / qparams.scale)",
+        new="unit / qparams.scale",
+        flips="unit · (1 / scale) → unit / scale",
+    ),
+    qnnpack(
+        name="qnnpack/bias-wraps",
+        within="quantized_bias",
+        kind="clip",
+        old="jnp.where(codes >= _INT32_LIMIT, highest,",
+        new="jnp.where(codes >= _INT32_LIMIT, lowest,",
+        flips="a bias beyond int32 saturates → wraps",
+    ),
+    exact(
+        name="exact/halves-up",
+        within="exact_codes",
+        kind="rounding",
+        old="up = (above > 0) | ((above == 0) & is_odd)",
+        new="up = (above > 0) | (above == 0)",
+        flips="an exact half goes to the even integer → up",
+    ),
+    exact(
+        name="exact/rounded-twice",
+        within="exact_codes",
+        kind="rounding",
+        old="rounded = guess + up.astype(jnp.float64) - down.astype(jnp.float64)",
+        new="rounded = guess",
+        flips="the guess is compared with the halves beside it → taken as it is",
+    ),
+    exact(
+        name="exact/error-lost",
+        within="_two_sum",
+        kind="rounding",
+        old="return total, (a - (total - part)) + (b - part)",
+        new="return total, a * 0.0",
+        flips="the error of a sum is kept → dropped",
+    ),
+    engines(
+        name="x86/groups",
+        within="kernel_of",
+        kind="special",
+        old="groups <= _ONEDNN_GROUPS",
+        new="groups < _ONEDNN_GROUPS",
+        flips="convolutions of 100 groups go to onednn → stay in fbgemm",
     ),
 )

@@ -1,19 +1,14 @@
-"""From an accumulator to the codes of the next tensor: the formula of the deployed kernel.
-
-Simulation and integer program both end here, so that what one predicts the other computes.
-"""
+"""fbgemm: the bias in units of the accumulator, one multiplication by `unit / scale`."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from qjax._arithmetic import divide, fma
+from qjax._arithmetic import divide, fma, unfused
 from qjax._qparams import QParams
-from qjax._rounding import round_half_even
+from qjax._requantize._accumulator import Accumulator, saturating
 from qjax._spec import QuantSpec
-
-_INT16_LIMIT = 32767.0
 
 
 def add_bias(units: jax.Array, bias: jax.Array, unit: jax.Array) -> jax.Array:
@@ -67,5 +62,28 @@ def requantize(units: jax.Array, unit: jax.Array, qparams: QParams, spec: QuantS
 def requantize_unclamped(units: jax.Array, unit: jax.Array, qparams: QParams) -> jax.Array:
     """The codes before they are clamped to the format, as whole float32 numbers."""
     multiplier = divide(unit, qparams.scale)
-    rounded = jnp.clip(round_half_even(units * multiplier), -_INT16_LIMIT - 1, _INT16_LIMIT)
-    return rounded + qparams.zero_point.astype(jnp.float32)
+    return saturating(units * multiplier, qparams, is_relu=False)
+
+
+def fbgemm_codes(accumulator: Accumulator, qparams: QParams) -> jax.Array:
+    """The codes before they are clamped to the format; see `add_bias` and `requantize`."""
+    units = accumulator.sums.astype(jnp.float32)
+    if accumulator.bias is not None:
+        units = add_bias(units, accumulator.bias, accumulator.unit)
+    codes = requantize_unclamped(units, accumulator.unit, qparams)
+    return jnp.maximum(codes, qparams.zero_point.astype(jnp.float32)) if accumulator.relu else codes
+
+
+def fbgemm_reals(accumulator: Accumulator) -> jax.Array:
+    """The result in float32: `fma(sums, unit, bias)`.
+
+    References:
+      FBGEMM, `include/fbgemm/OutputProcessing-inl.h`, `ReQuantizeForFloat`.
+    """
+    units = accumulator.sums.astype(jnp.float32)
+    if accumulator.bias is None:
+        # Whatever is added next must not be contracted with this product, or jit would give other floats than eager calls.
+        reals = unfused(units * accumulator.unit)
+    else:
+        reals = fma(units, accumulator.unit, accumulator.bias)
+    return jnp.maximum(reals, jnp.float32(0)) if accumulator.relu else reals
