@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax._quantize import QTensor, quantize
+from qjax.estimators import Estimator
 from qjax.integer._program import IntegerInterpreter
-from qjax.observers import Observer
 from qjax.transform import _jaxpr
 from qjax.transform._calls import first_slice, hide_absent, split_states
 from qjax.transform._interpret import Plan
+from qjax.transform._quantizer import Quantizer
 from qjax.transform._trace import Graph, Node, Op
 from qjax.transform._values import ABSENT, Value, thin, to_real
 
@@ -43,8 +44,10 @@ class Collector(IntegerInterpreter):
             self.weights[op.name] = self._codes(f"{op.name}/weight", observer, to_real(values[op.weight]))
         return ABSENT
 
-    def _codes(self, key: str, observer: Observer, weight: jax.Array) -> QTensor:
+    def _codes(self, key: str, observer: Quantizer, weight: jax.Array) -> QTensor:
         state = observer.update(observer.init(weight), weight) if observer.dynamic else self._state[key]
+        if isinstance(observer, Estimator):
+            return QTensor.of(observer.quantize(state, weight)[0], observer.qparams(state), observer.spec)
         return quantize(weight, observer.qparams(state), observer.spec)
 
     def _equation(self, graph: Graph, node: Node, values: list[Value], env: Any) -> Sequence[Value]:

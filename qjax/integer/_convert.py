@@ -13,11 +13,11 @@ from qjax._granularity import PerTensor
 from qjax._qparams import is_concrete
 from qjax.integer._collect import Collector
 from qjax.integer._program import IntegerOp, IntegerProgram
-from qjax.observers import Observer
 from qjax.transform._calls import op_of
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._interpret import Interpreter, Plan
 from qjax.transform._prepare import Prepared, QuantVars, check_calibrated, shapes_of
+from qjax.transform._quantizer import Quantizer
 from qjax.transform._trace import Graph, Trace
 from qjax.transform._values import ABSENT
 
@@ -77,7 +77,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
             f"convert: qvars has no state for {missing!r}; it was made by the init of another function or recipe, or with "
             "arguments under which the function has other ops."
         )
-    check_calibrated(shapes, qvars)
+    check_calibrated(shapes, qvars, "eval")
     observers = _activation_observers(shapes)
     steps = traced.graph.steps()
     leaves = Prepared.array_leaves(whole)
@@ -95,7 +95,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
         }
         return collector.weights, collector.biases, qparams
 
-    weights, biases, qparams = collect(leaves[start : start + count], qvars.state)
+    weights, biases, qparams = collect(leaves[start : start + count], qvars.joined())
     points = {key: (observer.spec, qparams[key]) for key, observer in observers.items()}
     for key, (scale, _) in [(f"{op}/weight", q.qparams) for op, q in weights.items()] + list(qparams.items()):
         if is_concrete(scale) and not np.all(np.isfinite(scale)):
@@ -130,9 +130,9 @@ def _with_params(prepared: Prepared, params: Any, args: Sequence[Any]) -> tuple[
     return (*prepared.signature[:place], params, *prepared.signature[place + 1 :])
 
 
-def _activation_observers(shapes: Interpreter) -> dict[str, Observer]:
+def _activation_observers(shapes: Interpreter) -> dict[str, Quantizer]:
     """The observer of every activation that is quantized, by quantizer."""
-    found: dict[str, Observer] = {}
+    found: dict[str, Quantizer] = {}
     for key, (observer, _) in shapes.observed.items():
         op, _, role = key.rpartition("/")
         if role == "weight":

@@ -14,11 +14,11 @@ from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
 from qjax._spec import QuantSpec
 from qjax.integer._kernels import accumulate
-from qjax.observers import Observer
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
 from qjax.transform._interpret import Interpreter, Plan, row_codes
 from qjax.transform._prepare import Prepared
+from qjax.transform._quantizer import Quantizer
 from qjax.transform._trace import Graph, Node, Op, operand_role
 from qjax.transform._values import ABSENT, Accumulated, Quantized, Value, dequantize_unfused, to_real
 
@@ -62,7 +62,7 @@ class IntegerInterpreter(Interpreter):
             value = Quantized(None, weight.codes, weight.qparams, weight.spec, f"{op.name}/weight", op.dtypes[index])
         return super()._operand(op, index, value)
 
-    def _quantize(self, key: str, observer: Observer, value: Value) -> Quantized:
+    def _quantize(self, key: str, observer: Quantizer, value: Value) -> Quantized:
         spec, qparams = observer.spec, self._state[key]
         if isinstance(value, Accumulated) and spec.is_deployed:
             codes = value.kernel.codes(value.accumulator, qparams, spec)

@@ -6,7 +6,7 @@ The state of an op is sliced by the scans that have a layer for each step, and c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
     """What evaluating a body gave; results may be structured values, the rest are pytrees of arrays."""
 
     results: list[Value]
-    updates: dict[str, Any]  # the new observer states, by quantizer
+    updates: dict[str, Any]  # what quantizers know now that they have observed, by quantizer
     codes: dict[str, QTensor]  # the codes at each quantizer, where they are wanted
 
 
@@ -33,7 +33,7 @@ Run = Callable[[Graph, Sequence[Value], States], Outcome]
 
 
 def evaluate(
-    node: Node, values: Sequence[Value], states: States, run: Run, *, observes: bool, keeps_codes: bool
+    node: Node, values: Sequence[Value], states: States, run: Run, *, moving: Container[str], keeps_codes: bool
 ) -> Outcome:
     """Evaluate a call.
 
@@ -42,18 +42,18 @@ def evaluate(
       values: Its operands.
       states: What the quantizers of its ops know, by quantizer, laid out as in `QuantVars`.
       run: Evaluates a body on operands and states.
-      observes: Whether states are updated; if not, `updates` is of no use.
+      moving: The quantizers whose states are updated. All other states are constants, through which gradients flow.
       keeps_codes: Whether `run` gives codes, so that a body which does not run needs something in their place.
     """
     kind = _jaxpr.call_kind(node.eqn)
     with _jaxpr.context(node.eqn):
         match kind:
             case "scan":
-                return _scan(node, values, states, run, observes)
+                return _scan(node, values, states, run, moving)
             case "cond":
-                return _cond(node, values, states, run, observes, keeps_codes)
+                return _cond(node, values, states, run, moving, keeps_codes)
             case "while":
-                return _while(node, values, states, run, observes, keeps_codes)
+                return _while(node, values, states, run, moving, keeps_codes)
             case "custom_jvp":
                 return _custom_jvp(node, values, states, run)
             case "custom_vjp":
@@ -85,20 +85,21 @@ def hide_absent(values: Sequence[Value]) -> tuple[list[Value], Callable[[Sequenc
     return [value for value in values if value is not ABSENT], restore
 
 
-def _updated(states: States, outcome: Outcome) -> dict[str, Any]:
-    return {key: outcome.updates.get(key, state) for key, state in states.items()}
+def _updated(states: States, outcome: Outcome, moving: Container[str]) -> dict[str, Any]:
+    return {key: outcome.updates.get(key, state) for key, state in states.items() if key in moving}
 
 
 def _reals(outcome: Outcome) -> list[Value]:
     return [to_real(result) for result in outcome.results]
 
 
-def _scan(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool) -> Outcome:
+def _scan(node: Node, values: Sequence[Value], states: States, run: Run, moving: Container[str]) -> Outcome:
     parts = _jaxpr.scan(node.eqn)
     consts, rest = values[: parts.consts], [to_real(value) for value in values[parts.consts :]]
     init, restore_carries = hide_absent(rest[: parts.carries])
     sliced, restore_slices = hide_absent(rest[parts.carries :])
     per_step, shared = split_states(node, states)
+    fixed = {key: state for key, state in shared.items() if key not in moving}
     restore_stacked: list[Callable[[Sequence[Value]], list[Value]]] = []
 
     def step(carry: Any, slices: Any) -> Any:
@@ -106,17 +107,16 @@ def _scan(node: Node, values: Sequence[Value], states: States, run: Run, observe
         slices, own = slices
         operands = [*consts, *restore_carries(carries), *restore_slices(slices)]
         # What is not updated is closed over, not carried: it stays a constant of the loop.
-        outcome = run(node.bodies[0], operands, {**(carried if observes else shared), **own})
+        outcome = run(node.bodies[0], operands, {**fixed, **carried, **own})
         results = _reals(outcome)
         present, _ = hide_absent(results[: parts.carries])
         stacked, restore = hide_absent(results[parts.carries :])
         restore_stacked.append(restore)
-        updates = (_updated(carried, outcome), _updated(own, outcome)) if observes else ({}, {})
-        return (present, updates[0]), (stacked, updates[1], outcome.codes)
+        return (present, _updated(carried, outcome, moving)), (stacked, _updated(own, outcome, moving), outcome.codes)
 
     (carries, carried), (stacked, own, codes) = lax.scan(
         step,
-        (init, shared if observes else {}),
+        (init, {key: state for key, state in shared.items() if key in moving}),
         (sliced, per_step),
         length=parts.length,
         reverse=parts.reverse,
@@ -132,13 +132,15 @@ def first_slice(stacked: jax.Array) -> jax.Array:
     return stacked[0] if stacked.shape[0] else jnp.zeros(stacked.shape[1:], stacked.dtype)
 
 
-def _cond(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool, keeps_codes: bool) -> Outcome:
+def _cond(
+    node: Node, values: Sequence[Value], states: States, run: Run, moving: Container[str], keeps_codes: bool
+) -> Outcome:
     """Every branch gives out the states of all branches; only those of its own ops are new."""
     called = list(node.calls(values))
 
     def everything(body: Graph, operands: Sequence[Value]) -> Outcome:
         outcome = run(body, operands, states)
-        return Outcome(_reals(outcome), _updated(states, outcome) if observes else {}, outcome.codes)
+        return Outcome(_reals(outcome), _updated(states, outcome, moving), outcome.codes)
 
     empty = _no_codes([lambda call=call: everything(*call).codes for call in called]) if keeps_codes else {}
 
@@ -152,18 +154,20 @@ def _cond(node: Node, values: Sequence[Value], states: States, run: Run, observe
     return Outcome(*lax.switch(to_real(values[0]), [branch(*call) for call in called]))
 
 
-def _while(node: Node, values: Sequence[Value], states: States, run: Run, observes: bool, keeps_codes: bool) -> Outcome:
+def _while(
+    node: Node, values: Sequence[Value], states: States, run: Run, moving: Container[str], keeps_codes: bool
+) -> Outcome:
     """States are loop variables. A condition that holds ops is evaluated in the body, since it could not hand any out."""
     carried = _jaxpr.loop_operands(node.eqn)[0]
     init, restore = hide_absent([to_real(values[operand]) for operand in carried])
-    observed = dict(states) if observes else {}
+    observed = {key: state for key, state in states.items() if key in moving}
 
     def call(which: int, carries: Sequence[Value], states: States) -> Outcome:
         operands = list(values)
         operands[carried.start : carried.stop] = restore(carries)
         body, inputs = list(node.calls(operands))[which]
         outcome = run(body, inputs, states)
-        return Outcome(_reals(outcome), _updated(states, outcome), outcome.codes)
+        return Outcome(_reals(outcome), _updated(states, outcome, moving), outcome.codes)
 
     condition, body = functools.partial(call, 0), functools.partial(call, 1)
     empty = _no_codes([lambda each=each: each(init, states).codes for each in (condition, body)]) if keeps_codes else {}
@@ -171,7 +175,7 @@ def _while(node: Node, values: Sequence[Value], states: States, run: Run, observ
     def step(carries: Sequence[Value], current: States, codes: dict[str, QTensor]) -> Outcome:
         outcome = body(carries, {**states, **current})
         present, _ = hide_absent(outcome.results)
-        return Outcome(present, outcome.updates if observes else {}, {**codes, **outcome.codes})
+        return Outcome(present, outcome.updates, {**codes, **outcome.codes})
 
     start = Outcome(init, observed, empty)
     if next(node.bodies[0].ops(), None) is None:  # the usual case, and a condition that XLA may know
@@ -180,8 +184,7 @@ def _while(node: Node, values: Sequence[Value], states: States, run: Run, observ
 
     def check(outcome: Outcome) -> tuple[Any, Any]:
         checked = condition(outcome.results, {**states, **outcome.updates})
-        updates = checked.updates if observes else {}
-        return Outcome(outcome.results, updates, {**outcome.codes, **checked.codes}), checked.results[0]
+        return Outcome(outcome.results, checked.updates, {**outcome.codes, **checked.codes}), checked.results[0]
 
     loop, _ = lax.while_loop(lambda loop: loop[1], lambda loop: check(step(*loop[0])), check(start))
     return Outcome(restore(loop.results), loop.updates, loop.codes)

@@ -14,13 +14,13 @@ from qjax._granularity import PerTensor, statistic_shape
 from qjax._quantize import QTensor, quantize, quantize_with_mask
 from qjax._requantize import Accumulator, Engines, Kernel, kernel_of, requantize_unclamped
 from qjax._spec import QuantSpec
-from qjax.estimators import straight_through
-from qjax.observers import Observer
+from qjax.estimators import Rounded
 from qjax.transform import _calls, _jaxpr
 from qjax.transform._calls import Outcome
 from qjax.transform._contraction import Conv
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, multiply_exactly, scales_of
+from qjax.transform._quantizer import Quantizer, check_kind, estimate, nan_unless_calibrated, observes, quantize_by
 from qjax.transform._recipe import BoundRecipe
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
 from qjax.transform._values import Accumulated, Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
@@ -41,7 +41,7 @@ class Plan:
 
 
 class State(dict[str, Any]):
-    """Observer states by quantizer, with an error that says what is missing."""
+    """What each quantizer knows: an observer's state, an estimator's variables. An error says what is missing."""
 
     def __missing__(self, key: str) -> Any:
         known = ", ".join(self) or "nothing"
@@ -55,7 +55,7 @@ class Interpreter:
     """Evaluates a graph once. What it gathers on the way is read off it afterwards.
 
     Attributes:
-      updates: The new observer states, by quantizer.
+      updates: What quantizers know now that they have observed, by quantizer.
       codes: The codes at each quantizer, by `"op/role"`, where the plan asks for them.
       inputs: For each op, where its operands come from: the name of a quantizer, or "float".
       computed: For each op, how it was computed: "codes", "dequantized" or "float".
@@ -66,13 +66,13 @@ class Interpreter:
     def __init__(self, plan: Plan, state: Mapping[str, Any]) -> None:
         self._plan = plan
         self._state = State(state)
-        self._early: dict[int, tuple[str, Observer]] = {}
+        self._early: dict[int, tuple[str, Quantizer]] = {}
         self.updates: dict[str, Any] = {}
         self.codes: dict[str, QTensor] = {}
         self.inputs: dict[str, tuple[str, str]] = {}
         self.computed: dict[str, str] = {}
-        self.observed: dict[str, tuple[Observer, jax.ShapeDtypeStruct]] = {}
-        self.spare: dict[str, tuple[Observer, jax.ShapeDtypeStruct]] = {}
+        self.observed: dict[str, tuple[Quantizer, jax.ShapeDtypeStruct]] = {}
+        self.spare: dict[str, tuple[Quantizer, jax.ShapeDtypeStruct]] = {}
 
     def run(self, graph: Graph, operands: Sequence[Value]) -> list[Value]:
         """Evaluate the graph on values, one for each of its inputs."""
@@ -113,7 +113,7 @@ class Interpreter:
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
-    def _output_observer(self, name: str) -> Observer | None:
+    def _output_observer(self, name: str) -> Quantizer | None:
         rule = self._plan.recipe.rule_for(name)
         return None if rule is None else rule.output_observer
 
@@ -208,7 +208,7 @@ class Interpreter:
 
     # -- quantizers --------------------------------------------------------------------------------------------------
 
-    def _quantize(self, key: str, observer: Observer, value: Value) -> Quantized:
+    def _quantize(self, key: str, observer: Quantizer, value: Value) -> Quantized:
         real = to_real(value)
         self.observed[key] = (observer, _shape(real))
         spec, mode = observer.spec, self._plan.mode
@@ -219,12 +219,16 @@ class Interpreter:
                 "rounding='nearest_even'."
             )
         state = observer.init(real) if mode == "init" else self._state[key]
-        if mode in ("calibrate", "train") or (observer.dynamic and mode == "eval"):
+        check_kind(key, observer, state)
+        if observes(observer, mode):
+            state = self.updates[key] = observer.update(state, real)
+        elif observer.dynamic and mode == "eval":
             state = observer.update(state, real)
-        self.updates[key] = state
         if mode == "calibrate":
             return Quantized(real, None, None, spec, key, real.dtype)
-        qparams = observer.qparams(state)
+        state = nan_unless_calibrated(observer, state)
+        frozen = lax.stop_gradient(state)  # the gradient of params is for the estimator to give, and to nothing else
+        qparams = observer.qparams(frozen)
         if isinstance(value, Accumulated) and spec.is_deployed and not observer.dynamic:
             # What the deployed kernel does with its accumulator; it saturates at the limits of the format.
             low, high = spec.format.quant_min, spec.format.quant_max
@@ -234,9 +238,13 @@ class Interpreter:
             unclamped = requantize_unclamped(lax.stop_gradient(value.units), value.unit, qparams)
             codes, in_range = _clamped(unclamped, spec.quant_min, spec.quant_max, spec)
         else:
-            codes, in_range = quantize_with_mask(real, qparams, spec, caller=f"prepare ({key})")
-        dequantized = dequantize_unfused(QTensor.of(codes, qparams, spec), real.dtype)
-        carrier = straight_through(real, lax.stop_gradient(dequantized), in_range)
+            codes, in_range = quantize_by(observer, frozen, real, qparams, f"prepare ({key})")
+        if isinstance(value, Scaled | Accumulated) and spec.effective_mask != "after_rounding":
+            # These masks ask the real, not its code.
+            in_range = quantize_with_mask(real, qparams, spec, caller=f"prepare ({key})")[1]
+        tensor = QTensor.of(codes, qparams, spec)
+        dequantized = lax.stop_gradient(dequantize_unfused(tensor, real.dtype))
+        carrier = estimate(observer, state, real, Rounded(tensor, dequantized, in_range))
         return Quantized(carrier, codes, qparams, spec, key, real.dtype)
 
     # -- everything else ---------------------------------------------------------------------------------------------
@@ -291,9 +299,9 @@ class Interpreter:
     def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
         names = {op.name for op in node.ops()}
         states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names}
-        observes = self._plan.mode in ("calibrate", "train")
+        moving = frozenset(key for key in states if self._moves(key))
         outcome = _calls.evaluate(
-            node, values, states, self._body_runner(), observes=observes, keeps_codes=self._plan.keeps_codes
+            node, values, states, self._body_runner(), moving=moving, keeps_codes=self._plan.keeps_codes
         )
         self.updates.update(outcome.updates)
         self.codes.update(outcome.codes)
@@ -301,6 +309,12 @@ class Interpreter:
             for key in [key for key in self.observed if _calls.op_of(key) in names]:
                 del self.observed[key]
         return outcome.results
+
+    def _moves(self, key: str) -> bool:
+        op, _, role = key.rpartition("/")
+        rule = self._plan.recipe.rule_for(op)
+        observer = None if rule is None else rule.observer(role)
+        return observer is not None and observes(observer, self._plan.mode)
 
     def _never_runs(self, node: Node) -> bool:
         if self._plan.mode == "init" or _jaxpr.call_kind(node.eqn) != "scan":
@@ -336,9 +350,9 @@ def _clamped(unclamped: jax.Array, low: float, high: float, spec: QuantSpec) -> 
     return jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype), in_range
 
 
-def static_quantizers(graph: Graph, recipe: BoundRecipe) -> dict[str, Observer]:
+def static_quantizers(graph: Graph, recipe: BoundRecipe) -> dict[str, Quantizer]:
     """The activation quantizers of the graph's own ops that have one frozen range for the tensor, by `"op/role"`."""
-    found: dict[str, Observer] = {}
+    found: dict[str, Quantizer] = {}
     for node in graph.nodes:
         rule = None if node.op is None else recipe.rule_for(node.op.name)
         if node.op is None or rule is None:

@@ -11,9 +11,11 @@ import numpy as np
 from qjax._qparams import is_concrete
 from qjax._quantize import QTensor
 from qjax._requantize import Engines, check_engine
+from qjax.estimators import EstimatorVars
 from qjax.transform._calls import op_of
 from qjax.transform._interpret import Compute, Interpreter, Mode, Plan
 from qjax.transform._ops import OpTable, op_table
+from qjax.transform._quantizer import observes
 from qjax.transform._recipe import Recipe
 from qjax.transform._trace import Trace, trace
 from qjax.transform._values import to_real
@@ -22,10 +24,30 @@ CallMode = Literal["calibrate", "train", "eval"]
 
 
 class QuantVars(NamedTuple):
-    """What the quantizers of a prepared function know; a pytree."""
+    """What the quantizers of a prepared function know; a pytree.
 
-    params: dict[str, Any]  # trainable quantizer parameters by quantizer; empty for observers
-    state: dict[str, Any]  # observer states by quantizer, such as "Dense_0/input"
+    To differentiate with respect to the params, put them back in with `qvars._replace(params=...)`.
+    """
+
+    params: dict[str, Any]  # what optimizers train, by quantizer: {"scale": float32} for LSQ; no entry for observers
+    state: dict[str, Any]  # what was observed, by quantizer, such as "Dense_0/input"
+
+    def joined(self) -> dict[str, Any]:
+        """By quantizer, what it takes: the state of an observer, or the variables of an estimator."""
+        return {
+            key: EstimatorVars(self.params[key], state) if key in self.params else state
+            for key, state in self.state.items()
+        }
+
+    def updated(self, joined: Mapping[str, Any]) -> QuantVars:
+        """These variables with some replaced."""
+        params, state = dict(self.params), dict(self.state)
+        for key, value in joined.items():
+            if isinstance(value, EstimatorVars):
+                params[key], state[key] = value
+            else:
+                state[key] = value
+        return QuantVars(params, state)
 
 
 def prepare(
@@ -165,7 +187,7 @@ class Prepared:
                 )
             return states
 
-        return QuantVars({}, init())
+        return QuantVars({}, {}).updated(init())
 
     def __call__(self, qvars: QuantVars, *args: Any, mode: CallMode = "train") -> tuple[Any, QuantVars]:
         """Evaluate the quantized function.
@@ -173,18 +195,20 @@ class Prepared:
         Args:
           qvars: From `init`, or from an earlier call.
           *args: As for fn, parameters included.
-          mode: `"calibrate"` observes and computes in float; `"train"` observes and quantizes, with straight-through
-            gradients; `"eval"` quantizes with what was observed and leaves `qvars` as they are.
+          mode: `"calibrate"` observes and computes in float, and sets `qvars.params` by what it saw; `"train"` observes and
+            quantizes, with straight-through gradients or those of the estimators, and leaves `qvars.params` to an optimizer;
+            `"eval"` quantizes with what was observed and leaves `qvars` as they are.
 
         Returns:
           What fn returns, and the new `QuantVars`.
 
         Raises:
-          ValueError: An unknown mode, `qvars` of another function or recipe, or "eval" before anything was observed. Under
-            `jit` with traced `qvars` the last cannot be seen: what has observed nothing has scale 1 and zero_point 0.
+          ValueError: An unknown mode, `qvars` of another function or recipe, or "eval" (with estimators "train", too) before
+            anything was observed. Under `jit` with traced `qvars` the last cannot be seen: what has observed nothing has scale
+            1 and zero_point 0, and what an estimator quantizes is NaN.
         """
         out, updates, _ = self._evaluate(qvars, args, mode)
-        return out, qvars if mode == "eval" else QuantVars(qvars.params, {**qvars.state, **updates})
+        return out, qvars if mode == "eval" else qvars.updated(updates)
 
     def codes(self, qvars: QuantVars, *args: Any) -> dict[str, QTensor]:
         """Return the integer codes at every quantizer in "eval" mode, by `"op/weight"`, `"op/input"` and `"op/output"`.
@@ -273,29 +297,35 @@ class Prepared:
             )
         traced = self.trace(*args)
         plan = Plan(self.recipe.bind(traced), cast(Mode, mode), self.compute, self.engine, keeps_codes)
-        interpreter = Interpreter(plan, qvars.state)
+        interpreter = Interpreter(plan, qvars.joined())
         outputs = interpreter.run(traced.graph, self.array_leaves(args))
         if mode == "eval":
             self.signature = shapes_of(tuple(args))
-            check_calibrated(interpreter, qvars)
+        check_calibrated(interpreter, qvars, cast(Mode, mode))
         out = jax.tree.unflatten(traced.out_tree, [to_real(value) for value in outputs])
         return out, interpreter.updates, interpreter.codes
 
 
-def check_calibrated(interpreter: Interpreter, qvars: QuantVars) -> None:
+def check_calibrated(interpreter: Interpreter, qvars: QuantVars, mode: Mode) -> None:
     """Raise when a quantizer that was used frozen has seen nothing; only concrete states can be looked at."""
+    joined = qvars.joined()
     for key, (observer, _) in interpreter.observed.items():
-        state = qvars.state.get(key)
-        if state is None or observer.dynamic or not is_concrete(*jax.tree.leaves(state)):
+        state = joined.get(key)
+        if (
+            state is None
+            or observer.dynamic
+            or observes(observer, mode)
+            or not is_concrete(*jax.tree.leaves(qvars.state[key]))
+        ):
             continue
         with jax.ensure_compile_time_eval():  # under jit, too, what is concrete can be looked at
             calibrated = bool(observer.is_calibrated(state).all())  # for each step of a scan, where it is stacked
         if not calibrated:
             op, _, role = key.rpartition("/")
+            modes = " or ".join(f'mode="{mode}"' for mode in ("calibrate", "train") if observes(observer, mode))
             raise ValueError(
                 f"prepared: the {role} of {op} has observed nothing, so it has no range to quantize with. Run some batches "
-                'with mode="calibrate" or mode="train" first; where the op stands in a cond or a while, a batch that takes its '
-                "branch."
+                f"with {modes} first; where the op stands in a cond or a while, a batch that takes its branch."
             )
 
 

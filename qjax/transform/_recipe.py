@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from qjax._granularity import is_named, resolve
-from qjax.observers import Observer
 from qjax.transform import _recipe_json
+from qjax.transform._quantizer import Quantizer
 from qjax.transform._rule import ROLES, RecipeError, Rule
 from qjax.transform._table import Table, TableLike
 from qjax.transform._trace import Op, Trace, operand_role
@@ -132,8 +132,8 @@ class Recipe(TableLike):
         return Table(("rule", "kind", "role", "spec", "observer"), tuple(rows), () if rows else ("no rules",))
 
 
-def describe(observer: Observer) -> str:
-    """An observer by its public name, with the fields that are not their defaults."""
+def describe(observer: Quantizer) -> str:
+    """An observer or estimator by its public name, with the fields that are not their defaults."""
     fields = [field for field in dataclasses.fields(observer) if field.name != "spec"]
     set_fields = [f for f in fields if getattr(observer, f.name) != f.default]
     arguments = ", ".join(f"{f.name}={getattr(observer, f.name)!r}" for f in set_fields)
@@ -151,7 +151,7 @@ class BoundRecipe:
         """The rule that takes the op of this name."""
         return self.rules.get(name)
 
-    def observer(self, op: Op, index: int) -> Observer | None:
+    def observer(self, op: Op, index: int) -> Quantizer | None:
         """The observer of an operand, with the axes that its spec names after the op in place."""
         rule = self.rules.get(op.name)
         role = operand_role(op, index)

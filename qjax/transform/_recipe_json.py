@@ -2,8 +2,9 @@
 
     {"schema": "qjax.recipe", "version": 1, "rules": [{"pattern": "Dense_.*", "weight": {"spec": …}, "input": …}, …]}
 
-A role is null, or an object with a spec and, unless the role's own is wanted, an observer; `"lhs"` and `"rhs"` may be
-`"input"`. A format, a granularity and an observer are each a name, or an object of one field: a name and its arguments.
+A role is null, or an object with a spec and, unless the role's own is wanted, an observer or an estimator; `"lhs"` and
+`"rhs"` may be `"input"`. A format, a granularity, an observer and an estimator are each a name, or an object of one field: a
+name and its arguments.
 
     "int8"    {"float": {"exponent": 4, "mantissa": 3, "special": "fn"}}    {"per_channel": {"axis": "output"}}
     "min_max"    {"moving_average_min_max": {"averaging_constant": 0.01}}
@@ -25,11 +26,13 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from qjax import _formats, observers
+from qjax import _formats, estimators, observers
 from qjax._formats import Codebook, Float, Format, Int
 from qjax._granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from qjax._spec import QuantSpec
+from qjax.estimators import Estimator
 from qjax.observers import Observer
+from qjax.transform._quantizer import Quantizer
 from qjax.transform._rule import ROLES, RecipeError, Role, Rule
 
 SCHEMA = "qjax.recipe"
@@ -55,19 +58,28 @@ _ALWAYS = ("format", "symmetric", "granularity", "convention")
 
 @functools.cache
 def _observers() -> _Kinds:
-    """Each observer by the public function that makes it: the one whose annotation says that it returns it."""
+    return _made_by(observers, Observer)
+
+
+@functools.cache
+def _estimators() -> _Kinds:
+    return _made_by(estimators, Estimator)
+
+
+def _made_by(room: Any, base: type[Any]) -> _Kinds:
+    """Each kind by the public function that makes it: the one whose annotation says that it returns it."""
     found: dict[str, type[Any]] = {}
-    for name in observers.__all__:
-        member = getattr(observers, name)
+    for name in room.__all__:
+        member = getattr(room, name)
         made = typing.get_type_hints(member).get("return") if inspect.isfunction(member) else None
-        if isinstance(made, type) and issubclass(made, Observer):
+        if isinstance(made, type) and issubclass(made, base):
             found[name] = made
     return found
 
 
-def observer_name(kind: type[Observer]) -> str | None:
-    """The public function of `qjax.observers` that makes an observer of this type, if there is one."""
-    return next((name for name, made in _observers().items() if made is kind), None)
+def observer_name(kind: type[Quantizer]) -> str | None:
+    """The public function that makes an observer or an estimator of this type, if there is one."""
+    return next((name for name, made in {**_observers(), **_estimators()}.items() if made is kind), None)
 
 
 # -- write -----------------------------------------------------------------------------------------------------------
@@ -91,17 +103,18 @@ def _write_rule(rule: Rule) -> dict[str, Any]:
     return written
 
 
-def _write_role(value: QuantSpec | Observer, where: str) -> dict[str, Any]:
+def _write_role(value: QuantSpec | Quantizer, where: str) -> dict[str, Any]:
     if isinstance(value, QuantSpec):
         return {"spec": _write_spec(value)}
     name = observer_name(type(value))
+    what, known = ("observer", _observers()) if isinstance(value, Observer) else ("estimator", _estimators())
     if name is None:
         raise TypeError(
-            f"Recipe.to_json: {where}: a {type(value).__name__} is made by no function of qjax.observers, so it could not be "
-            f"read back. Those that can are {', '.join(_observers())}."
+            f"Recipe.to_json: {where}: a {type(value).__name__} is made by no function of qjax.{what}s, so it could not be "
+            f"read back. Those that can are {', '.join(known)}."
         )
     fields = {f.name: _plain(getattr(value, f.name), where) for f in dataclasses.fields(value) if f.name != "spec"}
-    return {"observer": {name: fields} if fields else name, "spec": _write_spec(value.spec)}
+    return {what: {name: fields} if fields else name, "spec": _write_spec(value.spec)}
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -227,11 +240,18 @@ def _read_rule(value: Any, path: str) -> Rule:
 def _read_role(value: Any, path: str) -> Role:
     if value is None:
         return None
-    fields = _object(value, path, required=("spec",), optional=("observer",))
+    fields = _object(value, path, required=("spec",), optional=("observer", "estimator"))
     spec = _read_spec(fields["spec"], f"{path}.spec")
-    if "observer" not in fields:
+    given = [what for what in ("observer", "estimator") if what in fields]
+    if not given:
         return spec
-    kind, arguments, path = _named(fields["observer"], f"{path}.observer", "an observer", _observers(), leave=("spec",))
+    if len(given) == 2:
+        _fail(
+            path,
+            "has an observer and an estimator, of which a role takes one. An estimator observes, too: drop the observer.",
+        )
+    kinds = _observers() if given == ["observer"] else _estimators()
+    kind, arguments, path = _named(fields[given[0]], f"{path}.{given[0]}", f"an {given[0]}", kinds, leave=("spec",))
     return _make(path, kind, arguments | {"spec": spec})
 
 

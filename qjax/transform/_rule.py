@@ -9,9 +9,9 @@ from typing import Literal
 from qjax import observers
 from qjax._granularity import is_named
 from qjax._spec import QuantSpec
-from qjax.observers import Observer
+from qjax.transform._quantizer import Quantizer
 
-Role = QuantSpec | Observer | None
+Role = QuantSpec | Quantizer | None
 ROLES = ("weight", "input", "lhs", "rhs", "output")
 
 
@@ -23,9 +23,10 @@ class RecipeError(ValueError):
 class Rule:
     """How the ops whose name and kind match are quantized.
 
-    Each role takes a `QuantSpec`, an observer (which brings its spec along), or None to leave that tensor in float. A
-    granularity may follow the op instead of an index: `PerChannel("output")` has a scale for each output channel of a
-    weight whatever its layout, `PerGroup("contracted", 32)` groups along the axis that is summed over.
+    Each role takes a `QuantSpec`, an observer or an estimator such as `qjax.estimators.lsq` (which bring their spec along), or
+    None to leave that tensor in float. A granularity may follow the op instead of an index: `PerChannel("output")` has a
+    scale for each output channel of a weight whatever its layout, `PerGroup("contracted", 32)` groups along the axis that is
+    summed over.
 
     The weight of an embedding is its table, and it has no input. `PerChannel("output")` gives each of its rows a scale, as
     torch's quantized embeddings have it, and `PerGroup("contracted", 32)` cuts each row into groups; an index means what it
@@ -46,7 +47,7 @@ class Rule:
         applied, as torch's fused modules have it. A spec is observed by `observers.moving_average_min_max`.
 
     Raises:
-      TypeError: A role is neither a spec nor an observer nor None, or pattern or kind is no str.
+      TypeError: A role is neither a spec nor an observer nor an estimator nor None, or pattern or kind is no str.
       ValueError: The pattern is not a regular expression, or an output's granularity follows an op.
 
     Examples:
@@ -88,10 +89,10 @@ class Rule:
             value = getattr(self, role)
             if role in ("lhs", "rhs") and isinstance(value, str) and value == "input":
                 continue
-            if not isinstance(value, QuantSpec | Observer | None):
+            if not isinstance(value, QuantSpec | Quantizer | None):
                 raise TypeError(
-                    f"Rule({self.pattern!r}): {role} must be a QuantSpec, an observer or None, got {value!r} of type "
-                    f"{type(value).__name__}."
+                    f"Rule({self.pattern!r}): {role} must be a QuantSpec, an observer, an estimator or None, got {value!r} of "
+                    f"type {type(value).__name__}."
                 )
         if self.output is not None and is_named(self.output_spec.granularity):
             raise ValueError(
@@ -119,24 +120,24 @@ class Rule:
         """Whether the rule takes the op of this name and kind; without a kind, no rule that asks for one does."""
         return (self.kinds is None or kind in self.kinds) and re.fullmatch(self.pattern, name) is not None
 
-    def observer(self, role: str) -> Observer | None:
-        """The observer of a role: "weight", "input", "output", or "lhs" and "rhs" of an op between two activations."""
+    def observer(self, role: str) -> Quantizer | None:
+        """What quantizes a role: "weight", "input", "output", or "lhs" and "rhs" of an op between two activations."""
         value = self.input if role in ("lhs", "rhs") and getattr(self, role) == "input" else getattr(self, role)
         if not isinstance(value, QuantSpec):
             return value
         return observers.dynamic(value) if role == "weight" else observers.moving_average_min_max(value)
 
     @property
-    def weight_observer(self) -> Observer | None:
+    def weight_observer(self) -> Quantizer | None:
         """The observer of the weight."""
         return self.observer("weight")
 
     @property
-    def input_observer(self) -> Observer | None:
+    def input_observer(self) -> Quantizer | None:
         """The observer of the input."""
         return self.observer("input")
 
     @property
-    def output_observer(self) -> Observer | None:
+    def output_observer(self) -> Quantizer | None:
         """The observer of the output."""
         return self.observer("output")

@@ -52,7 +52,9 @@ def test_lhs_and_rhs_do_as_input_says_unless_they_are_given():
     assert attention.observer("rhs") is None
     assert attention.observer("input") == observers.moving_average_min_max(A8)
     assert Rule(".*", input=None, rhs=A8).observer("rhs") == observers.moving_average_min_max(A8)
-    with pytest.raises(TypeError, match=r"Rule\('a'\): weight must be a QuantSpec, an observer or None, got 'input'"):
+    with pytest.raises(
+        TypeError, match=r"Rule\('a'\): weight must be a QuantSpec, an observer, an estimator or None, got 'input'"
+    ):
         Rule("a", weight="input")
 
 
@@ -110,7 +112,7 @@ def test_recipes_add_up():
 @pytest.mark.parametrize("bad", ["int8", qjax.int8, 8, lambda spec: spec])
 def test_an_invalid_role_is_refused(bad):
     with pytest.raises(
-        TypeError, match=r"Rule\('\.\*'\): input must be a QuantSpec, an observer or None, got .* of type"
+        TypeError, match=r"Rule\('\.\*'\): input must be a QuantSpec, an observer, an estimator or None, got .* of type"
     ):
         Rule(".*", input=bad)
 

@@ -158,10 +158,21 @@ BAD = {
     "pattern of a number": (document(pattern=3), "rules[0]: Rule: pattern must be a str, got 3 of type int"),
     "kind": (document(kind=["dot", 1]), "rules[0]: Rule('.*'): kind must be a str such as 'dot'"),
     "misspelt role": (document(wieght=None), "rules[0]: unknown field 'wieght'; the fields are pattern, kind, weight"),
-    "role": (document(weight="int8"), "rules[0].weight: expected an object with the fields spec, observer, got 'int8'"),
+    "role": (
+        document(weight="int8"),
+        "rules[0].weight: expected an object with the fields spec, observer, estimator, got 'int8'",
+    ),
     "input as itself": (document(input="input"), "rules[0].input: expected an object"),
     "no spec": (document(lhs={"observer": "min_max"}), "rules[0].lhs: the field 'spec' is missing"),
-    "estimator": (document(lhs={"spec": {"format": "int8"}, "estimator": "lsq"}), "unknown field 'estimator'"),
+    "estimator": (document(lhs={"spec": {"format": "int8"}, "estimator": "lsp"}), "Did you mean 'lsq'?"),
+    "zero_point of an estimator": (
+        document(lhs={"spec": {"format": "int8"}, "estimator": {"lsq": {"zero_point": 999}}}),
+        "rules[0].lhs.estimator.lsq: lsq: zero_point",
+    ),
+    "observer and estimator": (
+        document(lhs={"spec": {"format": "int8"}, "observer": "min_max", "estimator": "lsq"}),
+        "rules[0].lhs: has an observer and an estimator",
+    ),
     "format": (weight(format="int9"), "rules[0].weight.spec.format: expected a format, which is one of"),
     "near format": (weight(format="itn8"), "Did you mean 'int8'?"),
     "preset with arguments": (weight(format={"int8": {}}), "'int8' takes no arguments. Write 'int8' alone"),
