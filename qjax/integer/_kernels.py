@@ -10,10 +10,10 @@ from jax import lax
 
 from qjax._granularity import PerTensor, expand
 from qjax._quantize import QTensor
-from qjax.transform._contraction import Contraction, Conv, Dot
+from qjax.transform._contraction import Contraction, Conv, Dot, RaggedDot
 
 
-def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor) -> jax.Array:
+def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor, *others: jax.Array) -> jax.Array:
     """Return `Σ (q_lhs - z_lhs)(q_rhs - z_rhs)` as int32, exact.
 
     With a symmetric right operand and one zero_point on the left, operands stay int8 and the sum is corrected:
@@ -27,6 +27,7 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor) -> jax.Array:
       op: The dot or convolution.
       lhs: Left operand.
       rhs: Right operand.
+      *others: The group sizes of a ragged dot.
 
     Returns:
       int32 array of the shape of the op's result.
@@ -35,8 +36,9 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor) -> jax.Array:
         rhs.spec.has_zero_point
         or not isinstance(lhs.spec.granularity, PerTensor)
         or (isinstance(op, Dot) and op.batch[0])
+        or isinstance(op, RaggedDot)
     ):
-        return op(_shifted(lhs), _shifted(rhs), jnp.int32)
+        return op(_shifted(lhs), _shifted(rhs), jnp.int32, *others)
     centre = 128 if lhs.spec.format.quant_max > 127 else 0  # all else fits int8 as it is
     centred = (lhs.codes.astype(jnp.int16) - centre).astype(jnp.int8)
     offset = centre - lhs.zero_point.astype(jnp.int32)

@@ -37,7 +37,7 @@ class IntegerOp:
     """
 
     name: str
-    kind: str  # "dot", "conv" or "embedding"
+    kind: str  # "dot", "conv", "ragged_dot" or "embedding"
     weight: QTensor
     weight_operand: int  # 0 where the weight is the left operand, 1 where it is the right one
     bias: jax.Array | None  # float32; added in real units
@@ -46,7 +46,7 @@ class IntegerOp:
     output: Point | None  # None where the op gives out floats
     input_quantizer: str | None  # which quantizer made the input's codes, such as "Conv_0/output"
     output_quantizer: str | None  # which quantizer rounds the output, such as "Dense_0/input"
-    contraction: Contraction | None  # its geometry: `Dot` or `Conv`; None of an embedding
+    contraction: Contraction | None  # its geometry: `Dot`, `Conv`, `RaggedDot`; None of an embedding
     steps: tuple[int, ...] = ()  # lengths of the scans that have a layer for each step, outermost first
 
 
@@ -70,10 +70,12 @@ class IntegerInterpreter(Interpreter):
         real = to_real(value)
         return Quantized(None, quantize(real, qparams, spec).codes, qparams, spec, key, real.dtype)
 
-    def _sums(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def _sums(
+        self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, others: Sequence[jax.Array]
+    ) -> tuple[jax.Array, jax.Array | None]:
         del unit
         assert op.contraction is not None
-        return accumulate(op.contraction, lhs.tensor(), rhs.tensor()), None
+        return accumulate(op.contraction, lhs.tensor(), rhs.tensor(), *others), None
 
     def _rows(self, node: Node, op: Op, table: Quantized, indices: list[jax.Array]) -> Value:
         """Rows of codes, and their qparams; no more of the table is dequantized than they."""

@@ -1,4 +1,4 @@
-"""Dots and convolutions as static descriptions that can be applied to reals, to codes and to integers."""
+"""Dots, ragged ones and convolutions as static descriptions that can be applied to reals, to codes and to integers."""
 
 from __future__ import annotations
 
@@ -111,10 +111,56 @@ class Conv:
         return (spec[0],), spec[1]
 
 
-Contraction = Dot | Conv
+@dataclasses.dataclass(frozen=True)
+class RaggedDot:
+    """`lax.ragged_dot_general` of one matrix for each group of rows, without its operands; the third one has the group sizes.
+
+    The numbers are those of `Dot` but for the group axis of rhs, which is no axis of the output: where the row lies there, its
+    group is the group's index. Rows behind the last group are zeros.
+    """
+
+    contracting: tuple[tuple[int, ...], tuple[int, ...]]
+    row: int  # axis of lhs that is cut into groups
+    group: int  # axis of rhs
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array, dtype: Any, sizes: jax.Array) -> jax.Array:
+        """Contract, accumulating in and returning dtype."""
+        numbers = lax.RaggedDotDimensionNumbers((self.contracting, ((), ())), [self.row], [self.group])
+        return lax.ragged_dot_general(lhs, rhs, sizes, numbers, preferred_element_type=dtype)
+
+    def size(self, lhs: jax.Array, rhs: jax.Array) -> int:
+        """How many products each output element sums."""
+        return Dot(self.contracting, ((), ())).size(lhs, rhs)
+
+    def split_axes(self, lhs: jax.Array) -> tuple[int, int] | None:
+        """The longest contracted axis, in lhs and in rhs."""
+        return Dot(self.contracting, ((), ())).split_axes(lhs)
+
+    def output_axis(self, operand: int, axis: int, ndims: tuple[int, int]) -> int | None:
+        """Where an operand's axis turns up in the output, that of the groups as that of the rows; None when contracted."""
+        if (operand, axis) == (1, self.group):
+            operand, axis = 0, self.row
+        left, right = ([i for i in range(ndims[k]) if i not in self.contracting[k]] for k in (0, 1))
+        places = left if operand == 0 else [None] * len(left) + [i for i in right if i != self.group]
+        return places.index(axis) if axis in places else None
+
+    def named_axes(self, operand: int, ndim: int) -> tuple[tuple[int, ...], int | None]:
+        """The axes of an operand that are not summed over, the groups among them; and the one that is, as of a dot."""
+        return Dot(self.contracting, ((), ())).named_axes(operand, ndim)
+
+    def of_rows(self, of_groups: jax.Array, axis: int, sizes: jax.Array, rows: int) -> jax.Array:
+        """What there is one of for each group along an axis, for each row."""
+        ends = jnp.cumsum(sizes.astype(jnp.int32))
+        groups = jnp.sum(jnp.arange(rows, dtype=jnp.int32)[:, None] >= ends[None], axis=1)
+        return jnp.take(of_groups, groups, axis=axis, mode="clip")
 
 
-def sum_of_products(op: Contraction, lhs: jax.Array, rhs: jax.Array, largest_product: int) -> jax.Array:
+Contraction = Dot | Conv | RaggedDot
+
+
+def sum_of_products(
+    op: Contraction, lhs: jax.Array, rhs: jax.Array, largest_product: int, *others: jax.Array
+) -> jax.Array:
     """The exact sum of products of whole float32 numbers, as int32.
 
     Float32 sums whole numbers exactly while `size · largest_product < 2^24`. Longer sums are cut into parts that stay
@@ -122,20 +168,20 @@ def sum_of_products(op: Contraction, lhs: jax.Array, rhs: jax.Array, largest_pro
     """
     size = op.size(lhs, rhs)
     if size * largest_product < _FLOAT32_EXACT:
-        return op(lhs, rhs, jnp.float32).astype(jnp.int32)
+        return op(lhs, rhs, jnp.float32, *others).astype(jnp.int32)
     axes = op.split_axes(lhs)
     step = 0
     if axes is not None:
         per_index = size // lhs.shape[axes[0]] * largest_product
         step = (_FLOAT32_EXACT - 1) // per_index
     if axes is None or step == 0:
-        return op(lhs.astype(jnp.int32), rhs.astype(jnp.int32), jnp.int32)
+        return op(lhs.astype(jnp.int32), rhs.astype(jnp.int32), jnp.int32, *others)
     total = None
     for start in range(0, lhs.shape[axes[0]], step):
         stop = min(start + step, lhs.shape[axes[0]])
         left = lax.slice_in_dim(lhs, start, stop, axis=axes[0])
         right = lax.slice_in_dim(rhs, start, stop, axis=axes[1])
-        part = op(left, right, jnp.float32).astype(jnp.int32)
+        part = op(left, right, jnp.float32, *others).astype(jnp.int32)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -120,21 +120,22 @@ class Interpreter:
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
         if op.contraction is None:
             return self._look_up(node, op, values)
-        operands = [self._operand(op, i, value) for i, value in enumerate(values)]
+        operands = [self._operand(op, i, value) for i, value in enumerate(values[:2])]
+        others = [to_real(value) for value in values[2:]]  # the group sizes of a ragged dot
         self.inputs[op.name] = (_origin(operands[0]), _origin(operands[1]))
         lhs, rhs = operands
         both = all(isinstance(operand, Quantized) for operand in operands)
         if both and self._plan.compute == "codes" and self._plan.mode != "calibrate":
             out = node.eqn.outvars[0].aval
-            scales = scales_of(op.contraction, lhs, rhs, len(out.shape))
+            scales = scales_of(op.contraction, lhs, rhs, out.shape, others)
             if scales is not None:
                 self.computed[op.name] = "codes"
                 if self._plan.mode != "eval":
-                    return multiply(op.contraction, lhs, rhs, scales[0] * scales[1], out.dtype)
-                return self._accumulate(op, lhs, rhs, scales, out.dtype)
+                    return multiply(op.contraction, lhs, rhs, scales[0] * scales[1], out.dtype, others)
+                return self._accumulate(op, lhs, rhs, scales, out.dtype, others)
         some = any(isinstance(operand, Quantized) for operand in operands)
         self.computed[op.name] = "dequantized" if some else "float"
-        return _jaxpr.bind(node.eqn, [to_real(operand) for operand in operands])[0]
+        return _jaxpr.bind(node.eqn, [*map(to_real, operands), *others])[0]
 
     def _look_up(self, node: Node, op: Op, values: list[Value]) -> Value:
         table, indices = self._operand(op, 0, values[0]), [to_real(value) for value in values[1:]]
@@ -155,17 +156,25 @@ class Interpreter:
         return dataclasses.replace(table, carrier=carrier, codes=codes)
 
     def _accumulate(
-        self, op: Op, lhs: Quantized, rhs: Quantized, scales: tuple[jax.Array, jax.Array], dtype: Any
+        self,
+        op: Op,
+        lhs: Quantized,
+        rhs: Quantized,
+        scales: tuple[jax.Array, jax.Array],
+        dtype: Any,
+        others: Sequence[jax.Array],
     ) -> Accumulated:
-        sums, carrier = self._sums(op, lhs, rhs, scales[0] * scales[1])
+        sums, carrier = self._sums(op, lhs, rhs, scales[0] * scales[1], others)
         input_scale, weight_scale = scales[::-1] if op.weight == 0 else scales
         accumulator = Accumulator(lax.stop_gradient(sums), input_scale, weight_scale)
         kernel = self._kernel(op, (lhs if op.weight == 0 else rhs).spec)
         return Accumulated(None if carrier is None else carrier.astype(dtype), accumulator, kernel, dtype)
 
-    def _sums(self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def _sums(
+        self, op: Op, lhs: Quantized, rhs: Quantized, unit: jax.Array, others: Sequence[jax.Array]
+    ) -> tuple[jax.Array, jax.Array | None]:
         assert op.contraction is not None
-        return multiply_exactly(op.contraction, lhs, rhs, unit)
+        return multiply_exactly(op.contraction, lhs, rhs, unit, others)
 
     def _kernel(self, op: Op, weight: QuantSpec) -> Kernel:
         conv = op.contraction if isinstance(op.contraction, Conv) else None

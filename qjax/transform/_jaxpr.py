@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core
 
-from qjax.transform._contraction import Contraction, Conv, Dot
+from qjax.transform._contraction import Contraction, Conv, Dot, RaggedDot
 from qjax.transform._lookup import Lookup
 
 try:  # what JAX's own evaluator uses to keep names in profiles and error messages; not public
@@ -161,7 +161,7 @@ def name_stack(eqn: Eqn) -> str:
 
 
 def contraction(eqn: Eqn) -> Contraction | None:
-    """The dot or convolution that the equation is; None where it is neither."""
+    """The dot, ragged dot or convolution that the equation is; None where it is none, or ragged in a way that is not known."""
     params = eqn.params
     if eqn.primitive.name == "dot_general":
         contracting, batch = params["dimension_numbers"]
@@ -176,6 +176,13 @@ def contraction(eqn: Eqn) -> Contraction | None:
             params["feature_group_count"],
             params["batch_group_count"],
         )
+    if eqn.primitive.name == "ragged_dot_general":
+        numbers = params["ragged_dot_dimension_numbers"]
+        contracting, batch = numbers.dot_dimension_numbers
+        rows, groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+        known = len(rows) == len(groups) == 1 and rows[0] not in contracting[0] and not batch[0]
+        if known and params["group_offset"] is None and eqn.invars[2].aval.ndim == 1:
+            return RaggedDot((tuple(contracting[0]), tuple(contracting[1])), rows[0], groups[0])
     return None
 
 

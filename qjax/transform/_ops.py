@@ -19,7 +19,7 @@ class OpInfo:
     """One op of a prepared function."""
 
     name: str  # what a rule has to match
-    kind: str  # "dot", "conv", "embedding", …
+    kind: str  # "dot", "conv", "ragged_dot", "embedding", …
     lhs_shape: tuple[int, ...] | None  # None for an op that cannot be quantized
     rhs_shape: tuple[int, ...] | None  # of an embedding, that of the indices
     out_shape: tuple[int, ...] | None

@@ -60,9 +60,9 @@ def prepare(
 ) -> Prepared:
     """Quantize a JAX function by rewriting its jaxpr: no edits to the model, no layer classes to swap in.
 
-    The function is traced at every call and its dots, convolutions and embeddings are evaluated as the recipe says, those
-    inside `jit`, `jax.checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `cond`, `switch`, `while_loop` and `fori_loop`
-    included. Those inside anything else (`shard_map`, `custom_linear_solve`) are left in float and listed by
+    The function is traced at every call and its dots, ragged dots, convolutions and embeddings are evaluated as the recipe
+    says, those inside `jit`, `jax.checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `cond`, `switch`, `while_loop` and
+    `fori_loop` included. Those inside anything else (`shard_map`, `custom_linear_solve`) are left in float and listed by
     `prepared.ops`, as are calls that cannot be looked into (Pallas, FFI, callbacks). A function with a derivative rule of
     its own keeps that rule, evaluated in float.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 
 from qjax._granularity import PerChannel, expand
 from qjax._spec import QuantSpec
-from qjax.transform._contraction import Contraction, sum_of_products
+from qjax.transform._contraction import Contraction, RaggedDot, sum_of_products
 from qjax.transform._values import Quantized, Scaled, rescale
 
 
@@ -23,7 +24,9 @@ class _Static:
     exact: bool
 
 
-def scales_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) -> tuple[jax.Array, jax.Array] | None:
+def scales_of(
+    op: Contraction, lhs: Quantized, rhs: Quantized, out_shape: Sequence[int], others: Sequence[jax.Array] = ()
+) -> tuple[jax.Array, jax.Array] | None:
     """The scales of both operands, laid out for the output; their product is what one unit of the accumulator is worth.
 
     None where a scale varies along a contracted axis, so that it cannot be taken out of the sum, or where the codes are not
@@ -41,14 +44,20 @@ def scales_of(op: Contraction, lhs: Quantized, rhs: Quantized, out_ndim: int) ->
             if None in axes:
                 return None
             places = [axis for axis in axes if axis is not None]
+            channels = [axis % ndims[operand] for axis in value.spec.granularity.axes]
+            if operand == 1 and isinstance(op, RaggedDot) and op.group in channels:
+                place = channels.index(op.group)
+                scale = op.of_rows(scale, place, others[0], out_shape[places[place]])
             scale = scale.transpose(sorted(range(len(places)), key=lambda i: places[i]))
             sizes = dict(zip(sorted(places), scale.shape, strict=True))
-            scale = scale.reshape(tuple(sizes.get(i, 1) for i in range(out_ndim)))
+            scale = scale.reshape(tuple(sizes.get(i, 1) for i in range(len(out_shape))))
         factors.append(scale)
     return lax.stop_gradient(factors[0]), lax.stop_gradient(factors[1])
 
 
-def multiply(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: object) -> Scaled:
+def multiply(
+    op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, dtype: object, others: Sequence[jax.Array] = ()
+) -> Scaled:
     """Sum the products `(q_lhs - z_lhs)(q_rhs - z_rhs)`; the result stands for `units · unit`. Float32 may round a long sum.
 
     Args:
@@ -57,22 +66,27 @@ def multiply(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, d
       rhs: Right operand, with codes.
       unit: The product of both `scales_of`.
       dtype: Of the real result.
+      others: The operands behind the two: the group sizes of a ragged dot.
     """
-    sums: tuple[jax.Array, None] = _multiply(*_arguments(op, lhs, rhs, exact=False))
+    sums: tuple[jax.Array, None] = _multiply(*_arguments(op, lhs, rhs, others, exact=False))
     return Scaled(sums[0], unit, dtype)
 
 
-def multiply_exactly(op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+def multiply_exactly(
+    op: Contraction, lhs: Quantized, rhs: Quantized, unit: jax.Array, others: Sequence[jax.Array] = ()
+) -> tuple[jax.Array, jax.Array]:
     """The exact sums in int32, as the integer kernel has them, and the reals that carry their gradient."""
-    sums: tuple[jax.Array, jax.Array] = _multiply(*_arguments(op, lhs, rhs, exact=True))
+    sums: tuple[jax.Array, jax.Array] = _multiply(*_arguments(op, lhs, rhs, others, exact=True))
     return sums[1], rescale(sums[0], unit)
 
 
-def _arguments(op: Contraction, lhs: Quantized, rhs: Quantized, *, exact: bool) -> tuple[Any, ...]:
+def _arguments(
+    op: Contraction, lhs: Quantized, rhs: Quantized, others: Sequence[jax.Array], *, exact: bool
+) -> tuple[Any, ...]:
     assert lhs.codes is not None
     assert rhs.codes is not None
     static = _Static(op, (lhs.spec, rhs.spec), exact)
-    return static, lhs.carrier, rhs.carrier, lhs.codes, rhs.codes, lhs.qparams, rhs.qparams
+    return static, lhs.carrier, rhs.carrier, lhs.codes, rhs.codes, lhs.qparams, rhs.qparams, tuple(others)
 
 
 def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -89,34 +103,34 @@ def _largest(spec: QuantSpec) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams):  # type: ignore[no-untyped-def]
+def _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, others):  # type: ignore[no-untyped-def]
     del lhs, rhs  # they carry the gradient; the value is that of the codes
     left = shifted(lhs_codes, lhs_qparams.zero_point, static.specs[0])
     right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
     if not static.exact:
-        return static.op(left, right, jnp.float32), None
-    sums = sum_of_products(static.op, left, right, _largest(static.specs[0]) * _largest(static.specs[1]))
+        return static.op(left, right, jnp.float32, *others), None
+    sums = sum_of_products(static.op, left, right, _largest(static.specs[0]) * _largest(static.specs[1]), *others)
     return sums.astype(jnp.float32), sums
 
 
-def _multiply_fwd(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams):  # type: ignore[no-untyped-def]
-    units = _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams)
+def _multiply_fwd(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, others):  # type: ignore[no-untyped-def]
+    units = _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, others)
     # A byte an element is all that the backward pass needs; the empty arrays remember two dtypes.
     dtypes = jnp.zeros((0,), lhs.dtype), jnp.zeros((0,), rhs.dtype)
-    return units, (lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, dtypes)
+    return units, (lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, others, dtypes)
 
 
 def _multiply_bwd(static, residuals, cotangent):  # type: ignore[no-untyped-def]
-    lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, dtypes = residuals
+    lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, others, dtypes = residuals
     cotangent, _ = cotangent
     left = shifted(lhs_codes, lhs_qparams.zero_point, static.specs[0])
     right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
-    (to_left,) = jax.linear_transpose(lambda a: static.op(a, right, jnp.float32), left)(cotangent)
-    (to_right,) = jax.linear_transpose(lambda b: static.op(left, b, jnp.float32), right)(cotangent)
+    (to_left,) = jax.linear_transpose(lambda a: static.op(a, right, jnp.float32, *others), left)(cotangent)
+    (to_right,) = jax.linear_transpose(lambda b: static.op(left, b, jnp.float32, *others), right)(cotangent)
     # The cotangent is per unit, and a real is a code times its scale.
     to_left = to_left * expand(1.0 / lhs_qparams.scale, static.specs[0].granularity, left.shape, "prepare")
     to_right = to_right * expand(1.0 / rhs_qparams.scale, static.specs[1].granularity, right.shape, "prepare")
-    return to_left.astype(dtypes[0].dtype), to_right.astype(dtypes[1].dtype), None, None, None, None
+    return to_left.astype(dtypes[0].dtype), to_right.astype(dtypes[1].dtype), None, None, None, None, None
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)

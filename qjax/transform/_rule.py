@@ -34,8 +34,8 @@ class Rule:
 
     Args:
       pattern: A regular expression that has to match the whole name of the op, such as `"Dense_2"` or `"Conv_.*"`.
-      kind: The kind that the op has to be of, as `prepared.ops` prints it: `"dot"`, `"conv"`, `"embedding"`, or a tuple of
-        kinds; None takes every kind.
+      kind: The kind that the op has to be of, as `prepared.ops` prints it: `"dot"`, `"conv"`, `"ragged_dot"`, `"embedding"`, or
+        a tuple of kinds; None takes every kind.
       weight: For the operand that comes from the parameters. A spec is observed by `observers.dynamic`: the range is that
         of the weight as it is.
       input: For the other operand, and for both operands of an op between two activations. A spec is observed by

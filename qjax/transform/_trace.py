@@ -16,9 +16,9 @@ from qjax.transform._contraction import Contraction
 from qjax.transform._lookup import Lookup
 from qjax.transform._weights import BY_INDEX, Known, Path, into_bodies, is_lookup, only_moves, through
 
-_OPS = frozenset({"dot_general", "conv_general_dilated"})
+_OPS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 _BECAUSE = {"shard_map": ": each shard would see statistics of its own"}
-_SHORT_KIND = {"dot_general": "dot", "conv_general_dilated": "conv"}
+_SHORT_KIND = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
 #: Calls of something that is no jaxpr: nothing is known of what they compute.
 _OPAQUE = frozenset({"ffi_call", "io_callback", "pallas_call", "pure_callback"})
 
@@ -38,8 +38,8 @@ class Op:
     """A dot, a convolution or an embedding lookup that can be quantized."""
 
     name: str
-    kind: str  # "dot", "conv" or "embedding"
-    contraction: Contraction | None  # of a dot or a convolution
+    kind: str  # "dot", "conv", "ragged_dot" or "embedding"
+    contraction: Contraction | None  # None of an embedding
     weight: int | None  # which operand is the weight
     path: Path | None  # of the parameter that the weight is
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # lhs, rhs, output
@@ -333,12 +333,12 @@ class _Builder:
 
     def _op(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], scope: str) -> tuple[Op | None, str]:
         kind = _SHORT_KIND[eqn.primitive.name]
-        avals = [atom.aval for atom in eqn.invars]
+        avals = [atom.aval for atom in eqn.invars[:2]]
         if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals):
             return None, f"operands are {' and '.join(str(aval.dtype) for aval in avals)}"
-        if any(isinstance(value, Constant) for value in inputs):
+        if any(isinstance(value, Constant) for value in inputs[:2]):
             return None, "an operand is a scalar constant"
-        known = [graph.known(value) for value in inputs]
+        known = [graph.known(value) for value in inputs[:2]]
         paths = [
             None if self._has_collections and each.path and each.path[0] != "params" else each.path for each in known
         ]
@@ -347,7 +347,8 @@ class _Builder:
         weight = next((i for i, path in enumerate(paths) if path is not None), None)
         path = None if weight is None else paths[weight]
         contraction = _jaxpr.contraction(eqn)
-        assert contraction is not None
+        if contraction is None:
+            return None, "ragged along an axis that is summed over, or in several ways at once"
         name = _op_path_name(path) if path else (scope or kind)
         shapes = (avals[0].shape, avals[1].shape, eqn.outvars[0].aval.shape)
         dtypes = (avals[0].dtype, avals[1].dtype)
