@@ -22,7 +22,12 @@ _E4M3_SMALLEST = e4m3.smallest_normal
 
 
 def torch_choose(
-    low: jax.Array, high: jax.Array, spec: QuantSpec, copy: Literal["aten", "fbgemm"]
+    low: jax.Array,
+    high: jax.Array,
+    spec: QuantSpec,
+    copy: Literal["aten", "fbgemm"],
+    *,
+    inverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and zero_point as torch's C++ `ChooseQuantizationParams` computes them, in float64 where it does.
 
@@ -35,6 +40,7 @@ def torch_choose(
       high: float32, largest value.
       spec: `symmetric` is torch's `preserve_sparsity`, which takes effect where low < 0 < high.
       copy: Which of the two.
+      inverse: Return `1 / scale` in the place of scale, rounded to float32 once.
 
     References:
       PyTorch, `aten/src/ATen/native/quantized/cpu/QuantUtils.h`; FBGEMM, `include/fbgemm/QuantUtils.h`.
@@ -76,6 +82,7 @@ def torch_choose(
         # NaN, and high = inf unless the spec is symmetric: torch's zero_point is then -2^31, which no kernel takes.
         point = jnp.where(jnp.isnan(point), np.float64(qmin), point)
         point = round_half_even(jnp.clip(point, qmin, qmax))
+        scale = divide(jnp.ones_like(scale), scale) if inverse else scale
         return _to32(scale), lax.convert_element_type(point, jnp.int32)
 
 

@@ -17,7 +17,7 @@ from qjax._conventions import (
     row_of,
 )
 from qjax._formats import Codebook, Format, Int
-from qjax._granularity import Granularity, PerChannel, PerTensor
+from qjax._granularity import Granularity, PerChannel, PerTensor, PerToken
 from qjax._rounding import ROUNDINGS, STOCHASTIC, Rounding
 
 
@@ -236,7 +236,7 @@ class QuantSpec:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is made of whole numbers with one scale for the tensor or for each index of some axes.
+        """Whether it is made of whole numbers with one scale for the tensor or for each index of some axes or each token.
 
         Those are the specs whose codes can be multiplied and rescaled after; all others are multiplied as reals.
         """
@@ -245,7 +245,7 @@ class QuantSpec:
             and not self.float_zero_point
             and self.format.bits <= 8
             and not self.keeps_amax
-            and isinstance(self.granularity, PerChannel | PerTensor)
+            and isinstance(self.granularity, PerChannel | PerTensor | PerToken)
         )
 
     @property

@@ -14,7 +14,7 @@ from qjax._qparams import QParams
 from qjax._requantize._accumulator import Accumulator
 from qjax._requantize._exact import exact_codes
 from qjax._requantize._fbgemm import fbgemm_codes, fbgemm_reals
-from qjax._requantize._onednn import onednn_codes, onednn_reals
+from qjax._requantize._onednn import onednn_codes, onednn_inputs, onednn_reals
 from qjax._requantize._qnnpack import qnnpack_codes, qnnpack_reals
 from qjax._spec import QuantSpec
 
@@ -33,6 +33,13 @@ class Kernel:
     name: str
     unclamped: Callable[[Accumulator, QParams], jax.Array]  # whole float32 numbers, of any size; NaN stays NaN
     reals: Callable[[Accumulator], jax.Array]  # float32
+    #: Codes, not clamped, and qparams of an input whose range is found from it, where the kernel has a way of its own.
+    inputs: Callable[[jax.Array, jax.Array, jax.Array, QuantSpec], tuple[jax.Array, QParams]] | None = None
+
+    def has_own_inputs(self, spec: QuantSpec) -> bool:
+        """Whether the kernel has a way of its own of quantizing a dynamic input by this spec, which has to be torch's."""
+        torchs = spec.is_deployed and spec.convention == "torch_real" and spec.effective_scale_rule == "torch_aten"
+        return self.inputs is not None and torchs
 
     def codes(self, accumulator: Accumulator, qparams: QParams, spec: QuantSpec) -> jax.Array:
         """The codes of an output with one scale; they saturate at the limits of the format, and NaN has the lowest."""
@@ -43,7 +50,9 @@ class Kernel:
 
 _FBGEMM = Kernel("fbgemm", fbgemm_codes, fbgemm_reals)
 _QNNPACK = Kernel("qnnpack", qnnpack_codes, qnnpack_reals)
-_ONEDNN_DOT = Kernel("onednn", partial(onednn_codes, is_conv=False), partial(onednn_reals, is_conv=False))
+_ONEDNN_DOT = Kernel(
+    "onednn", partial(onednn_codes, is_conv=False), partial(onednn_reals, is_conv=False), onednn_inputs
+)
 _ONEDNN_CONV = Kernel("onednn", partial(onednn_codes, is_conv=True), partial(onednn_reals, is_conv=True))
 _EXACT = Kernel("exact", exact_codes, fbgemm_reals)
 

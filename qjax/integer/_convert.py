@@ -25,12 +25,12 @@ from qjax.transform._values import ABSENT
 def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> IntegerProgram:
     """Turn a prepared function into an integer program with its weights stored as codes.
 
-    Ops whose two operands are quantized are summed in int32 and requantized with fbgemm's formula (`q = clamp(rint((acc +
-    bias/unit) · (unit/scale)) + zero_point)`, unit = scale_x · scale_w), which rounds right after the op where all of its
-    uses lead to one quantizer, and pools and reshapes codes. Ops with a quantized weight and a float input dequantize the
-    weight when they use it, and embeddings dequantize the rows that they look up. Loops and branches stay what they are; of
-    an op in a scan over layers, weights and qparams are stacked by step. The codes equal those of `prepared.codes`, that
-    is, of mode "eval".
+    Ops whose two operands are quantized are summed in int32 and requantized as the engine of the prepared function does
+    (`qjax.prepare` has the formulas), right after the op where all of its uses lead to one quantizer; pools and reshapes work
+    on codes. A dynamic range is found at each call, and the sums then become floats by the engine's formula. Ops with a
+    quantized weight and a float input dequantize the weight when they use it, and embeddings dequantize the rows that they
+    look up. Loops and branches stay what they are; of an op in a scan over layers, weights and qparams are stacked by step.
+    The codes equal those of `prepared.codes`, that is, of mode "eval", and so do the floats.
 
     Args:
       prepared: From `qjax.prepare`.
@@ -44,8 +44,8 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
 
     Raises:
       TypeError: prepared or qvars is something else.
-      ValueError: A quantizer has observed nothing, or NaN or infinity; an activation is quantized dynamically or per
-        channel; or the shapes are not known.
+      ValueError: A quantizer has observed nothing, or NaN or infinity; an activation is quantized per channel by static
+        ranges; or the shapes are not known.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -131,17 +131,19 @@ def _with_params(prepared: Prepared, params: Any, args: Sequence[Any]) -> tuple[
 
 
 def _activation_observers(shapes: Interpreter) -> dict[str, Quantizer]:
-    """The observer of every activation that is quantized, by quantizer."""
+    """What quantizes each activation by qparams known beforehand, by quantizer."""
     found: dict[str, Quantizer] = {}
     for key, (observer, _) in shapes.observed.items():
         op, _, role = key.rpartition("/")
         if role == "weight":
             continue
-        if observer.dynamic or not isinstance(observer.spec.granularity, PerTensor):
-            what = "dynamically" if observer.dynamic else str(observer.spec.granularity)
+        if observer.dynamic:
+            continue  # its range is found at each call
+        if not isinstance(observer.spec.granularity, PerTensor):
             raise ValueError(
-                f"convert: the {role} of {op} is quantized {what}; an integer program needs one static range for the tensor. "
-                "Use a per-tensor observer such as qjax.observers.min_max for it."
+                f"convert: the {role} of {op} is quantized {observer.spec.granularity}; an integer program needs one static "
+                "range for the tensor, or ranges found at each call. Use a per-tensor observer such as "
+                "qjax.observers.min_max for it, or qjax.observers.dynamic."
             )
         found[key] = observer
     return found

@@ -16,7 +16,8 @@ from qjax.transform._contraction import Contraction, Conv, Dot, RaggedDot
 def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor, *others: jax.Array) -> jax.Array:
     """Return `Σ (q_lhs - z_lhs)(q_rhs - z_rhs)` as int32, exact.
 
-    With a symmetric right operand and one zero_point on the left, operands stay int8 and the sum is corrected:
+    Without zero_points operands stay int8. With a symmetric right operand and one zero_point on the left, they do, and the
+    sum is corrected:
 
         Σ (q - z) w = Σ (q - c) w + (c - z) Σ w,    c = 128 for uint8 codes, 0 for others
 
@@ -32,6 +33,8 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor, *others: jax.Array) 
     Returns:
       int32 array of the shape of the op's result.
     """
+    if not (rhs.spec.has_zero_point or lhs.spec.has_zero_point):
+        return op(lhs.codes, rhs.codes, jnp.int32)
     if (
         rhs.spec.has_zero_point
         or not isinstance(lhs.spec.granularity, PerTensor)

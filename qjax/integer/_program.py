@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
+from qjax._requantize import Kernel
 from qjax._spec import QuantSpec
 from qjax.integer._kernels import accumulate
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
-from qjax.transform._interpret import Interpreter, Plan, row_codes
+from qjax.transform._interpret import Interpreter, Plan, quantize_dynamically, row_codes
 from qjax.transform._prepare import Prepared
 from qjax.transform._quantizer import Quantizer
 from qjax.transform._trace import Graph, Node, Op, operand_role
@@ -31,7 +32,7 @@ class IntegerOp:
 
     Invariants:
       * `weight` is laid out as the op takes it: `(in, out)` for a Flax Dense, `(height, width, in, out)` for a Conv.
-      * `input` and `output` are per tensor.
+      * `input` and `output` are per tensor and static.
       * Where `steps` is not empty, the op stands in scans over layers: the arrays of `weight`, `bias`, `input` and `output`
         are stacked by step, in axes of these lengths in front of their own.
     """
@@ -42,7 +43,7 @@ class IntegerOp:
     weight_operand: int  # 0 where the weight is the left operand, 1 where it is the right one
     bias: jax.Array | None  # float32; added in real units
     relu: bool  # whether the output is clamped at its zero_point
-    input: Point | None  # None where the input is a float, and of an embedding, whose input are indices
+    input: Point | None  # None where the input is a float, indices, or quantized by a range that is found at each call
     output: Point | None  # None where the op gives out floats
     input_quantizer: str | None  # which quantizer made the input's codes, such as "Conv_0/output"
     output_quantizer: str | None  # which quantizer rounds the output, such as "Dense_0/input"
@@ -62,8 +63,15 @@ class IntegerInterpreter(Interpreter):
             value = Quantized(None, weight.codes, weight.qparams, weight.spec, f"{op.name}/weight", op.dtypes[index])
         return super()._operand(op, index, value)
 
-    def _quantize(self, key: str, observer: Quantizer, value: Value) -> Quantized:
-        spec, qparams = observer.spec, self._state[key]
+    def _quantize(self, key: str, observer: Quantizer, value: Value, kernel: Kernel | None = None) -> Quantized:
+        spec = observer.spec
+        if observer.dynamic:
+            real = to_real(value)
+            codes, _, qparams = quantize_dynamically(
+                real, observer, observer.update(observer.init(real), real), kernel, f"integer program ({key})"
+            )
+            return Quantized(None, codes, qparams, spec, key, real.dtype)
+        qparams = self._state[key]
         if isinstance(value, Accumulated) and spec.is_deployed:
             codes = value.kernel.codes(value.accumulator, qparams, spec)
             return Quantized(None, codes, qparams, spec, key, value.dtype)

@@ -174,8 +174,8 @@ def torch_dynamic(
 
     torch's qconfig says 0 … 255, and its module `torch.ao.nn.quantized.dynamic.Linear` then asks the kernel for 0 … 127,
     to which qnnpack does not listen. The kernel is what runs, so it decides here; `reduce_range=False` gives the qconfig.
-    Dots between two activations stay in float, as `torch.matmul` does. onednn rounds inputs by a formula of its own, which
-    gives other codes on a few ties.
+    Dots between two activations stay in float, as `torch.matmul` does. The floats that come out are those of torch's kernel,
+    bit for bit, if the function is prepared for the engine, too: `qjax.prepare(fn, recipe, engine="onednn")`.
 
     Args:
       engine: Which of torch's engines is to run the model.

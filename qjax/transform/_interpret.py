@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax._granularity import PerTensor, statistic_shape
+from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize, quantize_with_mask
 from qjax._requantize import Accumulator, Engines, Kernel, kernel_of, requantize_unclamped
 from qjax._spec import QuantSpec
 from qjax.estimators import Rounded
+from qjax.observers import MinMaxState
 from qjax.transform import _calls, _jaxpr
 from qjax.transform._calls import Outcome
 from qjax.transform._contraction import Conv
@@ -197,7 +199,8 @@ class Interpreter:
         elif observer is None:
             return to_real(value)
         else:
-            result = self._quantize(f"{op.name}/{role}", observer, value)
+            kernel = self._kernel(op, observer.spec) if observer.dynamic and role == "input" else None
+            result = self._quantize(f"{op.name}/{role}", observer, value, kernel)
         self._keep(f"{op.name}/{role}", result)
         return result
 
@@ -217,7 +220,7 @@ class Interpreter:
 
     # -- quantizers --------------------------------------------------------------------------------------------------
 
-    def _quantize(self, key: str, observer: Quantizer, value: Value) -> Quantized:
+    def _quantize(self, key: str, observer: Quantizer, value: Value, kernel: Kernel | None = None) -> Quantized:
         real = to_real(value)
         self.observed[key] = (observer, _shape(real))
         spec, mode = observer.spec, self._plan.mode
@@ -238,7 +241,9 @@ class Interpreter:
         state = nan_unless_calibrated(observer, state)
         frozen = lax.stop_gradient(state)  # the gradient of params is for the estimator to give, and to nothing else
         qparams = observer.qparams(frozen)
-        if isinstance(value, Accumulated) and spec.is_deployed and not observer.dynamic:
+        if observer.dynamic and mode == "eval":
+            codes, in_range, qparams = quantize_dynamically(real, observer, frozen, kernel, f"prepare ({key})")
+        elif isinstance(value, Accumulated) and spec.is_deployed:
             # What the deployed kernel does with its accumulator; it saturates at the limits of the format.
             low, high = spec.format.quant_min, spec.format.quant_max
             codes, in_range = _clamped(value.kernel.unclamped(value.accumulator, qparams), low, high, spec)
@@ -350,6 +355,23 @@ class Interpreter:
 
 def _shape(real: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(real.shape, real.dtype)
+
+
+def quantize_dynamically(
+    real: jax.Array, observer: Quantizer, state: Any, kernel: Kernel | None, caller: str
+) -> tuple[jax.Array, jax.Array, QParams]:
+    """Quantize a value by its own range, which the state holds: codes, where the gradient passes, and qparams."""
+    spec = observer.spec
+    if (
+        kernel is not None
+        and kernel.inputs is not None
+        and kernel.has_own_inputs(spec)
+        and isinstance(state, MinMaxState)
+    ):
+        unclamped, qparams = kernel.inputs(lax.stop_gradient(real), state.min_val, state.max_val, spec)
+        return *_clamped(unclamped, *spec.clamp_limits, spec), qparams
+    qparams = observer.qparams(state)
+    return *quantize_by(observer, state, real, qparams, caller), qparams
 
 
 def _clamped(unclamped: jax.Array, low: float, high: float, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._granularity import PerChannel, expand
+from qjax._granularity import PerChannel, PerToken, expand
 from qjax._spec import QuantSpec
 from qjax.transform._contraction import Contraction, RaggedDot, sum_of_products
 from qjax.transform._values import Quantized, Scaled, rescale
@@ -39,8 +39,11 @@ def scales_of(
     for operand, value in enumerate((lhs, rhs)):
         assert value.qparams is not None
         scale = value.qparams.scale
-        if isinstance(value.spec.granularity, PerChannel):
-            axes = [op.output_axis(operand, axis % ndims[operand], ndims) for axis in value.spec.granularity.axes]
+        granularity = value.spec.granularity
+        if isinstance(granularity, PerChannel | PerToken):
+            last = ndims[operand] - 1
+            varying = range(last) if isinstance(granularity, PerToken) else granularity.axes
+            axes = [op.output_axis(operand, axis % ndims[operand], ndims) for axis in varying]
             if None in axes:
                 return None
             places = [axis for axis in axes if axis is not None]
