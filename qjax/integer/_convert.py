@@ -45,7 +45,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
     Raises:
       TypeError: prepared or qvars is something else.
       ValueError: A quantizer has observed nothing, or NaN or infinity; an activation is quantized per channel by static
-        ranges; or the shapes are not known.
+        ranges; a folded batch normalization takes the statistics of the batch; or the shapes are not known.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -70,6 +70,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
         )
     whole = _with_params(prepared, params, args)
     traced = prepared.trace(*whole)
+    _check_batch_norms(traced)
     shapes = Interpreter(Plan(prepared.recipe.bind(traced), "init", "codes"), {})
     shapes.run_abstractly(traced.graph, Prepared.array_leaves(whole))
     for missing in shapes.observed.keys() - qvars.state.keys():
@@ -116,6 +117,17 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
 def _for_each_step(fn: Callable[[Any], Any], depth: int) -> Callable[[Any], Any]:
     """The function of one state, as one of states that are stacked by the steps of scans."""
     return _for_each_step(jax.vmap(fn), depth - 1) if depth else fn
+
+
+def _check_batch_norms(traced: Trace) -> None:
+    for graph in traced.graph.all():
+        for name, epilogue in graph.epilogues.items():
+            if epilogue.batch_norm == "batch":
+                raise ValueError(
+                    f"convert: the batch normalization folded into {name} takes the statistics of the batch, which is how one "
+                    "trains. Convert the function as inference calls it: with its train flag off, among the arguments "
+                    "(convert(prepared, qvars, params, x, False)) or in a prepared function of its own, with these qvars."
+                )
 
 
 def _with_params(prepared: Prepared, params: Any, args: Sequence[Any]) -> tuple[Any, ...]:

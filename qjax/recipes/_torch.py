@@ -10,7 +10,7 @@ from qjax._conventions import Convention
 from qjax._formats import Int, int8, uint8
 from qjax._granularity import PerChannel, PerTensor
 from qjax._spec import QuantSpec
-from qjax.transform import Recipe, Rule
+from qjax.transform import BatchNormChoice, Recipe, Rule
 
 Engine = Literal["x86", "fbgemm", "onednn", "qnnpack", "symmetric_qnnpack", "per_channel_symmetric_qnnpack"]
 
@@ -58,7 +58,7 @@ def _scheme(engine: Engine, caller: str) -> _Scheme:
     return _SCHEMES[engine]
 
 
-def torch_static(engine: Engine = "x86", pattern: str = ".*") -> Recipe:
+def torch_static(engine: Engine = "x86", pattern: str = ".*", *, batch_norm: BatchNormChoice | None = None) -> Recipe:
     """Post-training static quantization as torch does it by default: calibrate, then freeze.
 
     | engine                        | input, output: `histogram`            | weight: `dynamic`                            |
@@ -79,12 +79,13 @@ def torch_static(engine: Engine = "x86", pattern: str = ".*") -> Recipe:
     Args:
       engine: Which of torch's engines is to run the model; torch's own default is `"x86"`.
       pattern: The ops, as in `qjax.Rule`.
+      batch_norm: As in `qjax.Rule`; `"fold_if_present"` does what `torch.ao.quantization.fuse_modules` is called for.
 
     Returns:
       A recipe of one rule, for dots and convolutions.
 
     Raises:
-      ValueError: An unknown engine.
+      ValueError: An unknown engine, or another word for batch_norm.
 
     Examples:
       >>> import qjax
@@ -101,7 +102,9 @@ def torch_static(engine: Engine = "x86", pattern: str = ".*") -> Recipe:
     """
     scheme = _scheme(engine, "torch_static")
     activation = observers.histogram(scheme.activation("torch_real"))
-    return Recipe([Rule(pattern, kind=_KINDS, weight=scheme.weight("torch_real"), input=activation, output=activation)])
+    weight = scheme.weight("torch_real")
+    rule = Rule(pattern, kind=_KINDS, weight=weight, input=activation, output=activation, batch_norm=batch_norm)
+    return Recipe([rule])
 
 
 def torch_qat(
@@ -110,6 +113,7 @@ def torch_qat(
     *,
     version: Literal[0, 1] = 1,
     averaging_constant: float = 0.01,
+    batch_norm: BatchNormChoice | None = None,
 ) -> Recipe:
     """Quantization-aware training as torch does it by default: formats and ranges as `torch_static` has them.
 
@@ -127,12 +131,13 @@ def torch_qat(
       pattern: The ops, as in `qjax.Rule`.
       version: Of torch's qconfig.
       averaging_constant: How fast the ranges follow.
+      batch_norm: As in `qjax.Rule`; `"fold_if_present"` does what `torch.ao.quantization.fuse_modules_qat` is called for.
 
     Returns:
       A recipe of one rule, for dots and convolutions.
 
     Raises:
-      ValueError: An unknown engine or version, or averaging_constant outside (0, 1].
+      ValueError: An unknown engine, version or batch_norm, or averaging_constant outside (0, 1].
 
     Examples:
       >>> import qjax
@@ -154,7 +159,8 @@ def torch_qat(
     observer = observers.fused_moving_average if version else observers.moving_average_min_max
     activation = observer(scheme.activation("torch_fake"), averaging_constant=averaging_constant)
     weight = observer(scheme.weight("torch_fake"), averaging_constant=averaging_constant)
-    return Recipe([Rule(pattern, kind=_KINDS, weight=weight, input=activation, output=activation)])
+    rule = Rule(pattern, kind=_KINDS, weight=weight, input=activation, output=activation, batch_norm=batch_norm)
+    return Recipe([rule])
 
 
 def torch_dynamic(

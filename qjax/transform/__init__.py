@@ -3,6 +3,6 @@
 from qjax.transform._ops import OpInfo, OpTable
 from qjax.transform._prepare import Prepared, QuantVars, prepare
 from qjax.transform._recipe import Recipe
-from qjax.transform._rule import RecipeError, Rule
+from qjax.transform._rule import BatchNormChoice, RecipeError, Rule
 
-__all__ = ["OpInfo", "OpTable", "Prepared", "QuantVars", "Recipe", "RecipeError", "Rule", "prepare"]
+__all__ = ["BatchNormChoice", "OpInfo", "OpTable", "Prepared", "QuantVars", "Recipe", "RecipeError", "Rule", "prepare"]

@@ -235,6 +235,11 @@ def new_dtype(eqn: Eqn) -> Any:
     return eqn.params["new_dtype"] if eqn.primitive.name == "convert_element_type" else None
 
 
+def exponent(eqn: Eqn) -> int:
+    """The power that an `integer_pow` raises to."""
+    return eqn.params["y"]
+
+
 @contextlib.contextmanager
 def context(eqn: Eqn) -> Iterator[None]:
     """The context and the name stack that the equation was traced in."""

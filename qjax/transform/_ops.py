@@ -28,11 +28,12 @@ class OpInfo:
     rule: str | None  # pattern of the rule that took it; None where no rule did
     quantizers: dict[str, str]  # role -> spec, or the quantizer that the value comes from
     compute: str  # "codes", "dequantized" or "float"
-    epilogue: str  # what belongs to its output: "", "bias", "relu" or "bias, relu"
+    epilogue: str  # what belongs to its output: "", "bias", "batch_norm" (its bias included), "relu", "bias, relu", …
     why: str  # why it was left in float, where it cannot be quantized
     observers: dict[str, str] = dataclasses.field(default_factory=dict)  # role -> observer
 
     steps: tuple[int, ...] = ()  # lengths of the scans whose every step has quantizers of its own, outermost first
+    batch_norm: str = ""  # "folded"; or, where the rule asks for it, why not
 
     @property
     def why_float(self) -> str:
@@ -77,7 +78,9 @@ class OpTable(Sequence[OpInfo], TableLike):
             rows.append((op.name, op.kind, _operands(op), " · ".join(operands), weight, output, op.compute))
         if not rows:
             return Table(_HEADER, (), ("no ops",))
-        return Table(_HEADER, tuple(rows), (*legend.notes(), *_steps(self._ops), *_reasons(self._ops)))
+        return Table(
+            _HEADER, tuple(rows), (*legend.notes(), *_steps(self._ops), *_norms(self._ops), *_reasons(self._ops))
+        )
 
 
 _HEADER = ("op", "kind", "operands", "input", "weight", "output", "compute")
@@ -137,6 +140,17 @@ def _steps(ops: Sequence[OpInfo]) -> list[str]:
     return ["", "quantizers of their own for each step of a scan", *lines] if lines else []
 
 
+def _norms(ops: Sequence[OpInfo]) -> list[str]:
+    folded = [op.name for op in ops if op.batch_norm == "folded"]
+    whys: dict[str, list[str]] = {}
+    for op in ops:
+        if op.batch_norm not in ("", "folded"):
+            whys.setdefault(op.batch_norm, []).append(op.name)
+    lines = ["", "batch norm folded into the weight", f"  {', '.join(folded)}"] if folded else []
+    lines += ["", "no batch norm folded"] if whys else []
+    return lines + [f"  {', '.join(names)}: {why}" for why, names in whys.items()]
+
+
 def _reasons(ops: Sequence[OpInfo]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for op in ops:
@@ -184,6 +198,7 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
                 why="",
                 observers=observers,
                 steps=steps[op.name],
+                batch_norm="folded" if "batch_norm" in epilogues.get(op.name, "") else traced.unfolded.get(op.name, ""),
             )
         )
     for name, kind, why in traced.unquantized:
@@ -195,6 +210,7 @@ def _epilogues(traced: Trace) -> dict[str, str]:
     found: dict[str, str] = {}
     for graph in traced.graph.all():
         for name, epilogue in graph.epilogues.items():
-            words = ["bias"] * (epilogue.bias is not None) + ["relu"] * epilogue.relu
+            added = "batch_norm" if epilogue.batch_norm else "bias" if epilogue.bias is not None else ""
+            words = [*filter(None, [added]), *["relu"] * epilogue.relu]
             found[name] = ", ".join(words)
     return found

@@ -13,6 +13,7 @@ from qjax._quantize import QTensor
 from qjax._requantize import Engines, check_engine
 from qjax.estimators import EstimatorVars
 from qjax.transform._calls import op_of
+from qjax.transform._fold import fold_batch_norms
 from qjax.transform._interpret import Compute, Interpreter, Mode, Plan
 from qjax.transform._ops import OpTable, op_table
 from qjax.transform._quantizer import observes
@@ -265,9 +266,10 @@ class Prepared:
             whole = [next(arrays) if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)]
             return self.fn(*jax.tree.unflatten(in_tree, whole))
 
-        traced = trace(call, self.params_argnum, dynamic)
+        folds = any(rule.batch_norm is not None for rule in self.recipe.rules)
+        traced = trace(call, self.params_argnum, dynamic, inline=folds)
         self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
-        return traced
+        return fold_batch_norms(traced, self.recipe.bind(traced)) if folds else traced
 
     @staticmethod
     def array_leaves(args: Sequence[Any]) -> list[Any]:

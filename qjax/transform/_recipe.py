@@ -90,7 +90,7 @@ class Recipe(TableLike):
           >>> qjax.Recipe.from_json('{"schema": "qjax.recipe", "version": 1, "rules": [{"pattern": ".*", "wieght": null}]}')
           Traceback (most recent call last):
           qjax.transform._rule.RecipeError: Recipe.from_json: rules[0]: unknown field 'wieght'; the fields are pattern, kind,
-          weight, input, lhs, rhs, output. Did you mean 'weight'?
+          weight, input, lhs, rhs, output, batch_norm. Did you mean 'weight'?
         """
         return Recipe(_recipe_json.read(text))
 
@@ -119,16 +119,17 @@ class Recipe(TableLike):
         for rule in self.rules:
             start = (rule.pattern, ", ".join(rule.kinds or ("any",)))
             same = [role for role in ("lhs", "rhs") if getattr(rule, role) == "input"]
+            roles: Sequence[str] = [role for role in ROLES if role not in same]
             if all(rule.observer(role) is None for role in ROLES):
                 rows.append((*start, "all", "float", ""))
-                continue
-            for role in ROLES:
-                if role in same:
-                    continue
+                roles, start = (), ("", "")
+            for role in roles:
                 observer = rule.observer(role)
                 spec, name = ("float", "") if observer is None else (str(observer.spec), describe(observer))
                 rows.append((*start, role, spec, name))
                 start = ("", "")
+            if rule.batch_norm is not None:
+                rows.append(("", "", "batch_norm", rule.batch_norm, ""))
         return Table(("rule", "kind", "role", "spec", "observer"), tuple(rows), () if rows else ("no rules",))
 
 

@@ -100,6 +100,8 @@ def _write_rule(rule: Rule) -> dict[str, Any]:
         if isinstance(value, str):  # lhs and rhs as input says
             continue
         written[role] = None if value is None else _write_role(value, f"{rule.selects}, {role}")
+    if rule.batch_norm is not None:
+        written["batch_norm"] = rule.batch_norm
     return written
 
 
@@ -228,7 +230,7 @@ def _object(value: Any, path: str, *, required: Sequence[str], optional: Sequenc
 
 
 def _read_rule(value: Any, path: str) -> Rule:
-    fields = dict(_object(value, path, required=("pattern",), optional=("kind", *ROLES)))
+    fields = dict(_object(value, path, required=("pattern",), optional=("kind", *ROLES, "batch_norm")))
     if isinstance(fields["pattern"], str) and len(fields["pattern"]) > _MAX_PATTERN:
         _fail(f"{path}.pattern", f"has {len(fields['pattern'])} characters, and {_MAX_PATTERN} is the limit.")
     for role in ROLES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from qjax import observers
 from qjax._granularity import is_named
@@ -12,6 +12,7 @@ from qjax._spec import QuantSpec
 from qjax.transform._quantizer import Quantizer
 
 Role = QuantSpec | Quantizer | None
+BatchNormChoice = Literal["fold", "fold_if_present"]
 ROLES = ("weight", "input", "lhs", "rhs", "output")
 
 
@@ -45,10 +46,13 @@ class Rule:
       rhs: For the right operand of such an op, such as keys or values.
       output: For what the op gives out: its result with its bias added and, if that is all that happens to it, its ReLU
         applied, as torch's fused modules have it. A spec is observed by `observers.moving_average_min_max`.
+      batch_norm: `"fold"`: the batch normalization behind the op goes into its weight and bias, and the folded weight is
+        what is quantized, in training too (see `prepare`); an op that has none which can be folded is a `RecipeError`.
+        `"fold_if_present"` leaves such an op as it is, and `prepared.ops` says why. None leaves all in float behind the op.
 
     Raises:
       TypeError: A role is neither a spec nor an observer nor an estimator nor None, or pattern or kind is no str.
-      ValueError: The pattern is not a regular expression, or an output's granularity follows an op.
+      ValueError: The pattern is not a regular expression, an output's granularity follows an op, or batch_norm is another word.
 
     Examples:
       >>> import qjax
@@ -70,6 +74,7 @@ class Rule:
     lhs: Role | Literal["input"] = "input"
     rhs: Role | Literal["input"] = "input"
     output: Role = None
+    batch_norm: BatchNormChoice | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
@@ -94,6 +99,11 @@ class Rule:
                     f"Rule({self.pattern!r}): {role} must be a QuantSpec, an observer, an estimator or None, got {value!r} of "
                     f"type {type(value).__name__}."
                 )
+        if self.batch_norm not in (None, *get_args(BatchNormChoice)):
+            raise ValueError(
+                f"Rule({self.pattern!r}): batch_norm must be one of {', '.join(map(repr, get_args(BatchNormChoice)))} or None, "
+                f"got {self.batch_norm!r}."
+            )
         if self.output is not None and is_named(self.output_spec.granularity):
             raise ValueError(
                 f"Rule({self.pattern!r}): output is quantized {self.output_spec.granularity}, which names an axis of an "

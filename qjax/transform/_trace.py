@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,9 @@ class Epilogue:
     bias: int | None  # the value that is added
     relu: bool
     sliced_by: frozenset[int] = frozenset()  # the scans whose every step takes another slice of the bias
+    batch_norm: Literal["running", "batch"] | None = (
+        None  # the statistics of the batch norm folded into the op, if one is
+    )
 
 
 @dataclasses.dataclass
@@ -117,6 +120,7 @@ class Graph:
     epilogues: dict[str, Epilogue]  # by op name
     sliced_by: dict[int, frozenset[int]]  # weights that scans slice, and which scans those are
     fixed: set[int]  # values that do not depend on the arguments
+    avals: dict[int, Any] = dataclasses.field(default_factory=dict)  # shape and dtype of each input
 
     def known(self, operand: Operand) -> Known:
         """What is known of a value before it is computed."""
@@ -178,10 +182,14 @@ class Trace:
     graph: Graph
     out_tree: Any
     unquantized: list[tuple[str, str, str]]  # (name, kind, why) of the ops that cannot be quantized
+    unfolded: dict[str, str] = dataclasses.field(default_factory=dict)  # why the batch norm behind an op is not folded
 
 
-def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any]) -> Trace:
-    """Trace `fn(*args)`; the leaves of `args[params_argnum]` are the parameters. Leaves are arrays."""
+def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any], *, inline: bool = False) -> Trace:
+    """Trace `fn(*args)`; the leaves of `args[params_argnum]` are the parameters. Leaves are arrays.
+
+    With inline every `jit` is, also where no op is in it, so that what stands inside can be looked at.
+    """
     flat, in_tree = jax.tree.flatten(tuple(args))
     paths = _leaf_paths(args, params_argnum)
 
@@ -189,7 +197,8 @@ def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any]) -> Tr
         return fn(*jax.tree.unflatten(in_tree, leaves))
 
     jaxpr, consts, out_tree = _jaxpr.trace(call, *flat)
-    builder = _Builder(has_collections=any(path[0] == "params" and len(path) > 1 for path in paths.values() if path))
+    has_collections = any(path[0] == "params" and len(path) > 1 for path in paths.values() if path)
+    builder = Builder(has_collections=has_collections, inline=inline)
     graph = builder.graph(jaxpr, consts, [Known(paths.get(i)) for i in range(len(flat))], scope="")
     return Trace(graph, out_tree, builder.unquantized)
 
@@ -221,16 +230,18 @@ def _op_path_name(path: Path) -> str:
     return "/".join(parts[:-1] or parts)
 
 
-class _Builder:
+class Builder:
     """Turns jaxprs into graphs; value numbers and op names are unique across all bodies."""
 
-    def __init__(self, *, has_collections: bool) -> None:
+    def __init__(self, *, has_collections: bool = False, inline: bool = False, first: int = 0) -> None:
         self._has_collections = has_collections  # as Flax variables have: those but "params" hold no weights
-        self._next = 0
+        self._inline = inline
+        self._next = first
         self._names: Counter[str] = Counter()
         self.unquantized: list[tuple[str, str, str]] = []
 
-    def _new(self) -> int:
+    def new(self) -> int:
+        """A number that no value has yet."""
         self._next += 1
         return self._next
 
@@ -239,16 +250,18 @@ class _Builder:
         return name if self._names[name] == 1 else f"{name}:{self._names[name] - 1}"
 
     def graph(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Known], *, scope: str) -> Graph:
+        """The graph of a jaxpr."""
         graph = Graph([], [], [], [], {}, {}, {}, {}, set())
         env: dict[Any, Operand] = {}
         for var, known in zip(jaxpr.invars, inputs, strict=True):
-            value = self._new()
+            value = self.new()
             env[var] = value
             graph.inputs.append(value)
+            graph.avals[value] = var.aval
             graph.learn(value, known)
         self._add_body(graph, jaxpr, consts, env, scope)
         graph.outputs = [self._read(env, atom) for atom in jaxpr.outvars]
-        graph.epilogues = _find_epilogues(graph)
+        graph.epilogues = find_epilogues(graph)
         return graph
 
     @staticmethod
@@ -257,7 +270,7 @@ class _Builder:
 
     def _add_body(self, graph: Graph, jaxpr: Any, consts: Sequence[Any], env: dict[Any, Operand], scope: str) -> None:
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            value = self._new()
+            value = self.new()
             env[var] = value
             graph.constants.append((value, const))
             graph.fixed.add(value)
@@ -265,16 +278,37 @@ class _Builder:
             inputs = tuple(self._read(env, atom) for atom in eqn.invars)
             inner_scope = "/".join(filter(None, (scope, _jaxpr.name_stack(eqn))))
             bodies = _jaxpr.bodies(eqn)
-            if _jaxpr.is_jit(eqn) and (
-                only_moves(bodies[0].jaxpr) or _calls_op(eqn, [graph.known(value) for value in inputs])
-            ):
+            if _jaxpr.is_jit(eqn) and self._is_inlined(graph, eqn, inputs):
                 inner: dict[Any, Operand] = dict(zip(bodies[0].jaxpr.invars, inputs, strict=True))
                 self._add_body(graph, bodies[0].jaxpr, bodies[0].consts, inner, inner_scope)
                 env.update(zip(eqn.outvars, (self._read(inner, atom) for atom in bodies[0].jaxpr.outvars), strict=True))
                 continue
-            outputs = tuple(self._new() for _ in eqn.outvars)
+            outputs = tuple(self.new() for _ in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
             graph.nodes.append(self._node(graph, eqn, inputs, outputs, inner_scope))
+
+    def _is_inlined(self, graph: Graph, eqn: Any, inputs: Sequence[Operand]) -> bool:
+        if only_moves(_jaxpr.bodies(eqn)[0].jaxpr) or _calls_op(eqn, [graph.known(value) for value in inputs]):
+            return True
+        return self._inline and not _is_relu(eqn)
+
+    def splice(self, graph: Graph, fn: Callable[..., Any], operands: Sequence[tuple[Operand, Any]]) -> list[int]:
+        """Add what fn computes to the nodes of the graph.
+
+        Args:
+          graph: Changed in place.
+          fn: A function of as many arrays.
+          operands: Values of the graph, with their shapes and dtypes.
+
+        Returns:
+          The values that fn returns.
+        """
+        jaxpr, consts, _ = _jaxpr.trace(fn, *(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for _, aval in operands))
+        env: dict[Any, Operand] = dict(zip(jaxpr.invars, (operand for operand, _ in operands), strict=True))
+        self._add_body(graph, jaxpr, consts, env, scope="")
+        outputs = [self._read(env, atom) for atom in jaxpr.outvars]
+        assert all(isinstance(output, int) for output in outputs)
+        return [output for output in outputs if isinstance(output, int)]
 
     def _node(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], scope: str) -> Node:
         known = [graph.known(value) for value in inputs]
@@ -298,7 +332,7 @@ class _Builder:
         return Node(eqn, inputs, outputs, is_relu=_is_relu(eqn))
 
     def _call(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], scope: str) -> Node:
-        loop = self._new()
+        loop = self.new()
         known = into_bodies(eqn, [graph.known(value) for value in inputs], loop)
         bodies = tuple(
             self.graph(body.jaxpr, body.consts, inside, scope=scope)
@@ -410,30 +444,39 @@ def _is_relu(eqn: Any) -> bool:
     return len(body.eqns) == 1 and _is_relu(body.eqns[0]) and list(body.outvars) == list(body.eqns[0].outvars)
 
 
-def _find_epilogues(graph: Graph) -> dict[str, Epilogue]:
-    """Follow each op's result through casts, one bias and one ReLU, while each step is the only use of the one before."""
+def find_epilogues(graph: Graph) -> dict[str, Epilogue]:
+    """The epilogue of each op."""
     consumers = graph.consumers()
     found: dict[str, Epilogue] = {}
     for node in graph.nodes:
-        if node.op is None:
-            continue
-        end, bias, relu = node.outputs[0], None, False
-        while not relu and node.op.contraction is not None:  # what an embedding gives out are its rows
-            uses = consumers.get(end, [])
-            user = uses[0] if len(uses) == 1 else None
-            if user is None:
-                break
-            added = added_weight(graph, user, end)
-            if bias is None and added is not None:
-                bias = added
-            elif user.is_relu:
-                relu = True
-            elif _jaxpr.new_dtype(user.eqn) is None or not jnp.issubdtype(_jaxpr.new_dtype(user.eqn), jnp.floating):
-                break
-            end = user.outputs[0]
-        sliced_by = frozenset() if bias is None else graph.known(bias).sliced_by
-        found[node.op.name] = Epilogue(end, bias, relu, sliced_by)
+        if node.op is not None:
+            end = node.outputs[0]
+            # What an embedding gives out are its rows.
+            is_lookup = node.op.contraction is None
+            found[node.op.name] = Epilogue(end, None, False) if is_lookup else follow(graph, consumers, end)
     return found
+
+
+def follow(
+    graph: Graph, consumers: Mapping[int, Sequence[Node | None]], end: int, *, takes_bias: bool = True
+) -> Epilogue:
+    """Follow a result through casts, one bias and one ReLU, while each step is the only use of the one before."""
+    bias, relu = None, False
+    while not relu:
+        uses = consumers.get(end, [])
+        user = uses[0] if len(uses) == 1 else None
+        if user is None:
+            break
+        added = added_weight(graph, user, end) if takes_bias else None
+        if bias is None and added is not None:
+            bias = added
+        elif user.is_relu:
+            relu = True
+        elif _jaxpr.new_dtype(user.eqn) is None or not jnp.issubdtype(_jaxpr.new_dtype(user.eqn), jnp.floating):
+            break
+        end = user.outputs[0]
+    sliced_by = frozenset() if bias is None else graph.known(bias).sliced_by
+    return Epilogue(end, bias, relu, sliced_by)
 
 
 def added_weight(graph: Graph, node: Node, value: int) -> int | None:
