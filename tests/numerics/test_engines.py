@@ -148,6 +148,27 @@ def test_the_exact_kernel_against_rational_numbers(rng):
     assert (in_float32 != clipped).sum() > 10
 
 
+def test_the_exact_kernel_beside_ties_that_float64_cannot_tell(rng):
+    """The last scale and the bias are chosen so that 80 bits of product and bias come within 2^-50 of a half, or closer."""
+    count = 2000
+    sums, xs, scale = (
+        rng.integers(1, 2**20, count),
+        rng.uniform(0.5, 1, count).astype(F32),
+        F32(rng.uniform(0.5, 1, count)),
+    )
+    halves = rng.integers(0, 120, count) + 0.5
+    ws = (halves * scale / (sums * xs.astype(np.float64))).astype(F32)
+    target = [Fraction(float(half)) * Fraction(float(s)) for half, s in zip(halves, scale, strict=True)]
+    products = [int(s) * Fraction(float(x)) * Fraction(float(w)) for s, x, w in zip(sums, xs, ws, strict=True)]
+    bias = np.asarray([float(t - p) for t, p in zip(target, products, strict=True)], F32)
+    want = [exactly(*row) for row in zip(sums, xs, ws, bias, scale, strict=True)]
+    in_float64 = np.rint((sums * xs.astype(np.float64) * ws + bias) / scale)
+    assert (in_float64 != want).sum() > 10
+    accumulator = Accumulator(*map(jnp.asarray, (sums.astype(np.int32), xs, ws, bias)))
+    codes = jax.jit(kernel("exact").unclamped)(accumulator, qjax.QParams(jnp.asarray(scale), jnp.int32(0)))
+    np.testing.assert_array_equal(codes, want)
+
+
 def test_the_exact_kernel_takes_no_bias_scalars_and_nan():
     end = kernel("exact")
     half = qjax.QParams(jnp.float32(2), jnp.int32(0))
