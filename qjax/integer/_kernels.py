@@ -33,7 +33,7 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor, *others: jax.Array) 
     Returns:
       int32 array of the shape of the op's result.
     """
-    if not (rhs.spec.has_zero_point or lhs.spec.has_zero_point):
+    if not (rhs.spec.has_zero_point or lhs.spec.has_zero_point or isinstance(op, RaggedDot)):
         return op(lhs.codes, rhs.codes, jnp.int32)
     if (
         rhs.spec.has_zero_point

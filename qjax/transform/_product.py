@@ -47,7 +47,7 @@ def scales_of(
             if None in axes:
                 return None
             places = [axis for axis in axes if axis is not None]
-            channels = [axis % ndims[operand] for axis in value.spec.granularity.axes]
+            channels = [axis % ndims[operand] for axis in varying]
             if operand == 1 and isinstance(op, RaggedDot) and op.group in channels:
                 place = channels.index(op.group)
                 scale = op.of_rows(scale, place, others[0], out_shape[places[place]])
