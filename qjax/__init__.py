@@ -42,7 +42,7 @@ from qjax._qparams import QParams, choose_qparams
 from qjax._quantize import QTensor, dequantize, quantize
 from qjax._spec import QuantSpec
 from qjax.integer import IntegerOp, IntegerProgram, convert
-from qjax.transform import Prepared, QuantVars, Recipe, RecipeError, Rule, prepare
+from qjax.transform import Prepared, QuantVars, Recipe, RecipeError, Rule, fold_batch_norm, prepare
 
 __all__ = [
     "Codebook",
@@ -79,6 +79,7 @@ __all__ = [
     "estimators",
     "fake_quantize",
     "flax",
+    "fold_batch_norm",
     "int2",
     "int4",
     "int8",

@@ -82,6 +82,18 @@ def prepare(
     average moves at each step, too. A recurrent state that starts at zero makes its range start there: `observers.min_max`, or
     a larger averaging_constant, finds the range sooner.) Of a cond only the branch that is taken observes anything.
 
+    A rule with `batch_norm="fold"` folds the batch normalization behind an op into its weight. It is found in the traced
+    function, `(y - mean) · rsqrt(var + eps) · scale + bias` in any grouping, where y is the op's result with its bias; each
+    vector but the statistics of a batch has to be made from leaves of argument `params_argnum` alone, so that of Flax the whole
+    variables are passed. The op's result may have no other use. With running statistics (inference, or a frozen layer) the
+    normalization goes: the weight that is quantized is `w · factor` with `factor = scale / sqrt(var + eps)`, the bias is
+    `(b - mean) · factor + bias`, and `output` comes after both and a ReLU; codes are those of torch's converted modules. With
+    statistics of the batch (training) it stays, as in torch's `ConvBn2d` for QAT: `w · factor` of the *running* variance is
+    quantized, the result is divided by factor, and gradients reach weight and scale through both. No gradient reaches the
+    running variance, which is the parameter that the function updates with the variance of the batch, or else the one named
+    `var` beside scale and bias. A channel whose scale is zero is quantized unfolded in training, where torch gives NaN. In a
+    `scan`, `cond`, `while_loop` or `jax.checkpoint`, op and batch normalization have to stand in the same body.
+
     With `compute="codes"` an op whose two operands are quantized multiplies integer codes, which is exact, and rescales
     once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the
     next quantizer sees what the deployed kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale

@@ -408,6 +408,49 @@ def test_a_float_call_before_and_after_is_the_same(rng):
     assert_trees_equal(before, fn(params, x))
 
 
+# -- parameters folded once and for all --------------------------------------------------------------------------------
+
+
+def test_a_function_and_its_parameters_without_batch_norm(rng):
+    def fn(p, x, train):
+        y, new = layer(p["first"], x, train)
+        y, _ = layer(p["second"], y, train, has_bias=False)
+        return y.mean((1, 2)) @ p["head"]["w"] + p["head"]["b"][None], new
+
+    params = {"first": layer_params(rng, 3, 3, 2, 4), "second": layer_params(rng, 3, 3, 4, 3)}
+    params |= {"head": {"w": normal(rng, 3, 5), "b": normal(rng, 5)}}
+    x = normal(rng, 4, 5, 5, 2)
+    folded_fn, new = qjax.fold_batch_norm(fn, params, jax.ShapeDtypeStruct(x.shape, x.dtype), False)
+    assert jax.tree.map(jnp.shape, new) == {
+        "first": {"op": {"w": (3, 3, 2, 4), "bias": (4,)}},
+        "second": {"op": {"w": (3, 3, 4, 3), "bias": (3,)}},
+        "head": {"w": (3, 5), "b": (5,)},
+    }
+    x = normal(rng, 6, 5, 5, 2)
+    want = jitted(fn, params, x, False)
+    assert_trees_close(jitted(folded_fn, new, x, False), want, rtol=2e-6)
+    text = jax.jit(folded_fn, static_argnums=2).lower(new, x, False).as_text()
+    assert "sqrt" not in text
+    assert "subtract" not in text
+
+    # What comes out can be quantized, and gives the codes of the rule.
+    by_rule = Recipe([Rule(".*", weight=W8, input=A8, batch_norm="fold_if_present")])
+    plain = Recipe([Rule(".*", weight=W8, input=A8)])
+    prepared, after = qjax.prepare(fn, by_rule), qjax.prepare(folded_fn, plain)
+    assert [op.name for op in after.ops(new, x, False)] == ["first/op", "second/op", "head"]
+    (_, qvars), (_, qvars_after) = (
+        jitted(lambda *args, p=p: p(p.init(*args), *args), params, x, False)
+        for p, params in ((prepared, params), (after, new))
+    )
+    codes = jitted(prepared.codes, qvars, params, x, False)
+    assert mismatches(jitted(after.codes, qvars_after, new, x, False), codes)[0] == 0
+
+    with pytest.raises(ValueError, match="behind first/op, second/op takes the statistics of the batch"):
+        qjax.fold_batch_norm(fn, params, x, True)
+    with pytest.raises(ValueError, match=r"(?s)no batch normalization can be folded.*head: no batch"):
+        qjax.fold_batch_norm(lambda p, x: x @ p["head"]["w"], params, x[0, 0, :, :1] * jnp.ones((1, 3)))
+
+
 # -- recipes ---------------------------------------------------------------------------------------------------------
 
 
