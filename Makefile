@@ -22,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-holds test test-long mutants docs lint format types newest clean
+.PHONY: help demo demo-holds examples test test-long mutants docs lint format types newest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
@@ -40,8 +40,11 @@ demo-holds: $(VENV)/.demo-installed ## check that the last demo showed what it s
 test: $(VENV)/.test-installed ## run the tests and the examples in docstrings
 	$(VENV)/bin/python $(PYTEST) -m "not long" $(ARGS)
 
-test-long: $(VENV)/.test-installed ## run the tests that compile for long
-	$(VENV)/bin/python $(PYTEST) -m long $(ARGS)
+test-long: $(VENV)/.test-installed ## run the tests that compile for long (the examples have a target of their own)
+	$(VENV)/bin/python $(PYTEST) -m long --ignore=tests/examples $(ARGS)
+
+examples: $(VENV)/.test-installed ## run the examples, print what they show and check it
+	$(VENV)/bin/python $(PYTEST) -rP tests/examples $(ARGS)
 
 mutants: $(VENV)/.test-installed ## flip one decision of the numerics at a time: some test must catch each
 	$(VENV)/bin/python -m tests.mutants $(ARGS)
