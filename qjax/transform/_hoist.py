@@ -34,7 +34,7 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Co
                 keys = {
                     f"{node.op.name}/{operand_role(node.op, i)}" for i in node.op.operands if node.inputs[i] == value
                 }
-                found |= {key if key in quantizers else None for key in keys}
+                found |= {key if key in quantizers else None for key in keys} or {None}
             elif _keeps_codes(node):
                 found |= destinations(node.outputs[0])
             else:

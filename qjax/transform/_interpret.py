@@ -92,8 +92,11 @@ class Interpreter:
 
         for node in graph.nodes:
             values = [read(operand) for operand in node.inputs]
-            if node.op is not None:
-                results: Sequence[Value] = [self._op(node, node.op, values)]
+            if node.op is not None and node.op.is_elementwise:
+                self.inputs[node.op.name], self.computed[node.op.name] = ("float", "float"), "float"
+                results: Sequence[Value] = self._equation(graph, node, values, env)
+            elif node.op is not None:
+                results = [self._op(node, node.op, values)]
             elif node.bodies:
                 results = self._call(node, values)
             else:

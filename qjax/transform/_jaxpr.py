@@ -59,6 +59,12 @@ def is_jit(eqn: Eqn) -> bool:
     return eqn.primitive.name in _JIT
 
 
+def call_name(eqn: Eqn) -> str | None:
+    """What the function is called that a jit or custom_jvp equation calls; None for others."""
+    name = eqn.params.get("name") if call_kind(eqn) in ("jit", "custom_jvp") else None
+    return name if isinstance(name, str) else None
+
+
 def is_remat(eqn: Eqn) -> bool:
     """Whether the equation calls its body and recomputes it in the backward pass."""
     return eqn.primitive.name in _REMAT

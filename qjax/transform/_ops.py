@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+from qjax.transform._elementwise import ELEMENTWISE
 from qjax.transform._interpret import Interpreter
 from qjax.transform._recipe import Recipe, describe
 from qjax.transform._table import Table, TableLike
@@ -21,7 +22,7 @@ class OpInfo:
     name: str  # what a rule has to match
     kind: str  # "dot", "conv", "ragged_dot", "embedding", …
     lhs_shape: tuple[int, ...] | None  # None for an op that cannot be quantized
-    rhs_shape: tuple[int, ...] | None  # of an embedding, that of the indices
+    rhs_shape: tuple[int, ...] | None  # of an embedding, that of the indices; None where there is one operand
     out_shape: tuple[int, ...] | None
     weight: str | None  # which operand is a weight: "lhs", "rhs" or None
     path: tuple[str, ...] | None  # of the parameter that the weight is
@@ -38,12 +39,12 @@ class OpInfo:
     @property
     def why_float(self) -> str:
         """Why it is computed in float, whether it has to be or the recipe says so; empty where it is not."""
-        if self.why or self.compute != "float":
+        if self.why or self.compute != "float" or (self.kind in ELEMENTWISE and "output" in self.quantizers):
             return self.why
         if self.rule is None:
             return "no rule matches"
         roles = "input and weight" if self.weight else "lhs and rhs"
-        roles = "weight" if self.kind == "embedding" else roles
+        roles = "weight" if self.kind == "embedding" else "output" if self.kind in ELEMENTWISE else roles
         return f"the rule {self.rule!r} leaves {roles} in float"
 
 
@@ -117,15 +118,16 @@ def _has(op: OpInfo, role: str) -> bool:
     """Whether the op has this role for a spec: those that cannot be quantized have none."""
     if op.lhs_shape is None:
         return False
+    if op.kind in ELEMENTWISE:
+        return role == "output"
     if op.kind == "embedding":
         return role in ("weight", "output")
     return role in (("weight", "input", "output") if op.weight else ("lhs", "rhs", "output"))
 
 
 def _operands(op: OpInfo) -> str:
-    if op.lhs_shape is None or op.rhs_shape is None:
-        return ""
-    shapes = ["x".join(map(str, shape)) or "()" for shape in (op.lhs_shape, op.rhs_shape)]
+    given = [shape for shape in (op.lhs_shape, op.rhs_shape) if shape is not None]
+    shapes = ["x".join(map(str, shape)) or "()" for shape in given]
     if op.weight is not None:
         shapes[("lhs", "rhs").index(op.weight)] += "(w)"
     return " · ".join(shapes)
@@ -187,7 +189,7 @@ def op_table(traced: Trace, recipe: Recipe, interpreter: Interpreter) -> OpTable
                 name=op.name,
                 kind=op.kind,
                 lhs_shape=op.shapes[0],
-                rhs_shape=op.shapes[1],
+                rhs_shape=None if op.is_elementwise and op.kind not in ("add", "mul") else op.shapes[1],
                 out_shape=op.shapes[2],
                 weight=None if op.weight is None else ("lhs", "rhs")[op.weight],
                 path=op.path,

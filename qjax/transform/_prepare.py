@@ -18,10 +18,12 @@ from qjax.transform._interpret import Compute, Interpreter, Mode, Plan
 from qjax.transform._ops import OpTable, op_table
 from qjax.transform._quantizer import observes
 from qjax.transform._recipe import Recipe
+from qjax.transform._search import Wanted
 from qjax.transform._trace import Trace, trace
 from qjax.transform._values import to_real
 
 CallMode = Literal["calibrate", "train", "eval"]
+Derived = Literal["activation", "weight"]
 
 
 class QuantVars(NamedTuple):
@@ -58,6 +60,7 @@ def prepare(
     params_argnum: int = 0,
     compute: Compute = "codes",
     engine: Engines = "fbgemm",
+    derived_weights: Derived = "activation",
 ) -> Prepared:
     """Quantize a JAX function by rewriting its jaxpr: no edits to the model, no layer classes to swap in.
 
@@ -123,12 +126,17 @@ def prepare(
       engine: Whose kernels mode "eval" and `qjax.convert` compute: a name of the table, or a name for each kind of op such as
         `{"dot": "fbgemm", "conv": "exact"}`.
 
+      derived_weights: What is computed from parameters and constants alone: `"activation"`, as anything else, or `"weight"`.
+        With `"weight"` the quantizer of `x @ (w * mask)`, of a standardized weight or of `w + a @ b` is that of a weight. It
+        sees what is computed; the op is named after the parameter, or after what the names of several share; and `convert`
+        stores the codes of the product. (Weights that a scan slices are layers here, too.)
+
     Returns:
       A `Prepared` function.
 
     Raises:
       TypeError: fn is not callable or recipe is not a Recipe.
-      ValueError: An unknown `compute` or `engine`, or a negative `params_argnum`.
+      ValueError: An unknown `compute`, `derived_weights` or `engine`, or a negative `params_argnum`.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -143,7 +151,9 @@ def prepare(
       >>> print(out.round(3))
       [[0.098 0.996]]
     """
-    return Prepared(fn, recipe, params_argnum=params_argnum, compute=compute, engine=engine)
+    return Prepared(
+        fn, recipe, params_argnum=params_argnum, compute=compute, engine=engine, derived_weights=derived_weights
+    )
 
 
 class Prepared:
@@ -157,6 +167,7 @@ class Prepared:
         params_argnum: int,
         compute: Compute,
         engine: Engines = "fbgemm",
+        derived_weights: Derived = "activation",
     ) -> None:
         if not callable(fn):
             raise TypeError(f"prepare: fn must be callable, got {fn!r} of type {type(fn).__name__}.")
@@ -168,11 +179,14 @@ class Prepared:
             raise ValueError(f"prepare: params_argnum must be an int >= 0, got {params_argnum!r}.")
         if compute not in get_args(Compute):
             raise ValueError(f"prepare: compute must be one of {get_args(Compute)}, got {compute!r}.")
+        if derived_weights not in get_args(Derived):
+            raise ValueError(f"prepare: derived_weights must be one of {get_args(Derived)}, got {derived_weights!r}.")
         check_engine(engine, "prepare")
         self.fn = fn
         self.recipe = recipe
         self.params_argnum = params_argnum
         self.compute: Compute = compute
+        self.derived_weights: Derived = derived_weights
         self.engine: Engines = dict(engine) if isinstance(engine, Mapping) else engine
         self.signature: tuple[Any, ...] | None = None  # of init or the last "eval" call: shapes only, for `convert`
 
@@ -279,7 +293,8 @@ class Prepared:
             return self.fn(*jax.tree.unflatten(in_tree, whole))
 
         folds = any(rule.batch_norm is not None for rule in self.recipe.rules)
-        traced = trace(call, self.params_argnum, dynamic, inline=folds)
+        wanted = Wanted(self.recipe.elementwise, self.derived_weights == "weight")
+        traced = trace(call, self.params_argnum, dynamic, wanted, inline=folds)
         self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
         return fold_batch_norms(traced, self.recipe.bind(traced)) if folds else traced
 

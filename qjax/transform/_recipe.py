@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qjax._granularity import is_named, resolve
 from qjax.transform import _recipe_json
+from qjax.transform._elementwise import ELEMENTWISE
 from qjax.transform._quantizer import Quantizer
 from qjax.transform._rule import ROLES, RecipeError, Rule
+from qjax.transform._search import KINDS
 from qjax.transform._table import Table, TableLike
 from qjax.transform._trace import Op, Trace, operand_role
 
@@ -64,6 +66,11 @@ class Recipe(TableLike):
         """The rule that takes the op of this name and kind; without a kind, of the rules that ask for none."""
         return next((rule for rule in reversed(self.rules) if rule.matches(name, kind)), None)
 
+    @property
+    def elementwise(self) -> frozenset[str]:
+        """The kinds of elementwise ops that rules ask for."""
+        return ELEMENTWISE.intersection(kind for rule in self.rules for kind in rule.kinds or ())
+
     def to_json(self) -> str:
         """Return the recipe as JSON text that `from_json` reads back to an equal one.
 
@@ -102,6 +109,10 @@ class Recipe(TableLike):
             kinds = " or ".join(map(repr, rule.kinds or ()))
             asked = "" if rule.kind is None else f", and the op has to be of kind {kinds}"
             lines = [f"  {name}" if rule.kind is None else f"  {name} ({kind})" for name, kind in ops] or ["  (none)"]
+            if rule.kinds is not None and not any(kind in rule.kinds for _, kind in ops):
+                lines.append(
+                    f"The kinds are {', '.join(KINDS)}; and, of outputs alone, {', '.join(sorted(ELEMENTWISE))}."
+                )
             if unquantized:
                 lines += ["These are left in float:", *(f"  {name}: {why}" for name, _, why in unquantized)]
             raise RecipeError(

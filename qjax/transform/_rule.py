@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from qjax import observers
 from qjax._granularity import is_named
 from qjax._spec import QuantSpec
+from qjax.transform._elementwise import ELEMENTWISE
 from qjax.transform._quantizer import Quantizer
 
 Role = QuantSpec | Quantizer | None
@@ -32,6 +33,19 @@ class Rule:
     The weight of an embedding is its table, and it has no input. `PerChannel("output")` gives each of its rows a scale, as
     torch's quantized embeddings have it, and `PerGroup("contracted", 32)` cuts each row into groups; an index means what it
     says, so `PerChannel(-1)` gives each feature a scale. A rule without a kind takes embeddings, too.
+
+    Of an elementwise op only the output can be quantized, and only by a rule that asks for its kind:
+
+    | kind                                  | output                                                                        |
+    |---------------------------------------|-------------------------------------------------------------------------------|
+    | `"add"`, `"mul"`                      | of two activations, as in a residual or a gate; no bias, no constant factor   |
+    | `"softmax"`, `"log_softmax"`          | as `jax.nn` has them                                                          |
+    | `"norm"`                              | `x · rsqrt(…)` or `x / sqrt(…)`, with the scale and shift that follow it      |
+    | `"tanh"`, `"logistic"`, `"gelu"`      | these functions                                                               |
+    | `"silu"`, `"elu"`, `"leaky_relu"`, …  | functions of `jax.nn` that are calls of that name in the jaxpr                |
+
+    A ReLU that alone follows belongs to it. What a softmax, a norm or a GELU consists of is no op of its own. They are
+    named after the scope and the kind, such as `"Block_0/add"`, and listed by `prepared.ops` where a rule asks for them.
 
     Args:
       pattern: A regular expression that has to match the whole name of the op, such as `"Dense_2"` or `"Conv_.*"`.
@@ -90,6 +104,11 @@ class Rule:
                 f"Rule({self.pattern!r}): kind must be a str such as 'dot', a tuple of such, or None for every kind, got "
                 f"{self.kind!r} of type {type(self.kind).__name__}."
             )
+        if self.kinds is not None and ELEMENTWISE.issuperset(self.kinds) and (self.weight, self.input) != (None, None):
+            raise ValueError(
+                f"{self.selects}: of elementwise ops only the output can be quantized. Drop weight and input, or give them to "
+                "a rule for the ops that take this output."
+            )
         for role in ROLES:
             value = getattr(self, role)
             if role in ("lhs", "rhs") and isinstance(value, str) and value == "input":
@@ -128,7 +147,8 @@ class Rule:
 
     def matches(self, name: str, kind: str | None = None) -> bool:
         """Whether the rule takes the op of this name and kind; without a kind, no rule that asks for one does."""
-        return (self.kinds is None or kind in self.kinds) and re.fullmatch(self.pattern, name) is not None
+        asked = kind not in ELEMENTWISE if self.kinds is None else kind in self.kinds
+        return asked and re.fullmatch(self.pattern, name) is not None
 
     def observer(self, role: str) -> Quantizer | None:
         """What quantizes a role: "weight", "input", "output", or "lhs" and "rhs" of an op between two activations."""

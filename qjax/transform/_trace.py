@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction
+from qjax.transform._elementwise import affine_of_norm, is_named, mark
 from qjax.transform._lookup import Lookup
-from qjax.transform._weights import BY_INDEX, Known, Path, into_bodies, is_lookup, only_moves, through
-
-_OPS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-_BECAUSE = {"shard_map": ": each shard would see statistics of its own"}
-_SHORT_KIND = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
-#: Calls of something that is no jaxpr: nothing is known of what they compute.
-_OPAQUE = frozenset({"ffi_call", "io_callback", "pallas_call", "pure_callback"})
+from qjax.transform._names import leaf_paths, op_path_name
+from qjax.transform._search import NOTHING_ELSE, SHORT_KIND, Wanted, left_alone
+from qjax.transform._weights import Known, Path, into_bodies, is_lookup, only_moves, through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +31,11 @@ Operand = int | Constant  # an int names a value of the graph
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A dot, a convolution or an embedding lookup that can be quantized."""
+    """A dot, a convolution, an embedding lookup or an elementwise op that can be quantized."""
 
     name: str
-    kind: str  # "dot", "conv", "ragged_dot" or "embedding"
-    contraction: Contraction | None  # None of an embedding
+    kind: str  # "dot", "conv", "ragged_dot", "embedding" or one of `_elementwise.ELEMENTWISE`
+    contraction: Contraction | None  # None of an embedding and of elementwise ops
     weight: int | None  # which operand is the weight
     path: Path | None  # of the parameter that the weight is
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # lhs, rhs, output
@@ -49,8 +45,15 @@ class Op:
 
     @property
     def operands(self) -> tuple[int, ...]:
-        """The operands that have a role: all but the indices of an embedding."""
-        return (0,) if self.contraction is None else (0, 1)
+        """The operands that have a role: all but the indices of an embedding and those of elementwise ops."""
+        if self.contraction is None:
+            return () if self.lookup is None else (0,)
+        return (0, 1)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether its output is all that can be quantized."""
+        return not self.operands
 
     def named_axes(self, operand: int) -> tuple[tuple[int, ...], int | None]:
         """The axes of an operand that "output" stands for in a rule, and the one that "contracted" does."""
@@ -121,12 +124,14 @@ class Graph:
     sliced_by: dict[int, frozenset[int]]  # weights that scans slice, and which scans those are
     fixed: set[int]  # values that do not depend on the arguments
     avals: dict[int, Any] = dataclasses.field(default_factory=dict)  # shape and dtype of each input
+    derived: set[int] = dataclasses.field(default_factory=set)  # values computed from parameters and constants alone
 
     def known(self, operand: Operand) -> Known:
         """What is known of a value before it is computed."""
         if isinstance(operand, Constant):
             return Known(fixed=True)
-        return Known(self.weights.get(operand), self.sliced_by.get(operand, frozenset()), operand in self.fixed)
+        sliced_by = self.sliced_by.get(operand, frozenset())
+        return Known(self.weights.get(operand), sliced_by, operand in self.fixed, operand in self.derived)
 
     def learn(self, value: int, known: Known) -> None:
         """Keep what is known of a value."""
@@ -136,6 +141,8 @@ class Graph:
             self.sliced_by[value] = known.sliced_by
         if known.fixed:
             self.fixed.add(value)
+        if known.derived:
+            self.derived.add(value)
 
     def consumers(self) -> dict[int, list[Node | None]]:
         """The nodes that use each value; None stands for being an output of the graph."""
@@ -185,55 +192,47 @@ class Trace:
     unfolded: dict[str, str] = dataclasses.field(default_factory=dict)  # why the batch norm behind an op is not folded
 
 
-def trace(fn: Callable[..., Any], params_argnum: int, args: Sequence[Any], *, inline: bool = False) -> Trace:
+def trace(
+    fn: Callable[..., Any],
+    params_argnum: int,
+    args: Sequence[Any],
+    wanted: Wanted = NOTHING_ELSE,
+    *,
+    inline: bool = False,
+) -> Trace:
     """Trace `fn(*args)`; the leaves of `args[params_argnum]` are the parameters. Leaves are arrays.
 
     With inline every `jit` is, also where no op is in it, so that what stands inside can be looked at.
     """
     flat, in_tree = jax.tree.flatten(tuple(args))
-    paths = _leaf_paths(args, params_argnum)
+    paths = leaf_paths(args, params_argnum)
 
     def call(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(in_tree, leaves))
 
     jaxpr, consts, out_tree = _jaxpr.trace(call, *flat)
     has_collections = any(path[0] == "params" and len(path) > 1 for path in paths.values() if path)
-    builder = Builder(has_collections=has_collections, inline=inline)
+    reserved = set(map(op_path_name, paths.values()))
+    builder = Builder(wanted, reserved, has_collections=has_collections, inline=inline)
     graph = builder.graph(jaxpr, consts, [Known(paths.get(i)) for i in range(len(flat))], scope="")
     return Trace(graph, out_tree, builder.unquantized)
-
-
-def _leaf_paths(args: Sequence[Any], params_argnum: int) -> dict[int, Path]:
-    """The path of each parameter, by its place among the flattened arguments."""
-    start = len(jax.tree.leaves(tuple(args[:params_argnum])))
-    params = args[params_argnum]
-    variables = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
-    # An NNX variable is a node of the tree, whose one key says "value": that is no part of a name.
-    with_path = [
-        (*path, *(inner[1:] if isinstance(variable, nnx.Variable) else inner))
-        for path, variable in variables
-        for inner, _ in jax.tree_util.tree_flatten_with_path(variable)[0]
-    ]
-    return {start + i: tuple(map(_key_name, path)) for i, path in enumerate(with_path)}
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _op_path_name(path: Path) -> str:
-    """`("params", "Dense_0", "kernel")` is the op `Dense_0`: no collection in front, no parameter behind."""
-    parts = path[1:] if len(path) > 1 and path[0] == "params" else path
-    return "/".join(parts[:-1] or parts)
 
 
 class Builder:
     """Turns jaxprs into graphs; value numbers and op names are unique across all bodies."""
 
-    def __init__(self, *, has_collections: bool = False, inline: bool = False, first: int = 0) -> None:
+    def __init__(
+        self,
+        wanted: Wanted = NOTHING_ELSE,
+        reserved: Collection[str] = (),
+        *,
+        has_collections: bool = False,
+        inline: bool = False,
+        first: int = 0,
+    ) -> None:
+        self._wanted = wanted
+        self._reserved = reserved  # names that elementwise ops leave to the ops of parameters
+        self._scopes: dict[int, str] = {}  # where the values were traced
         self._has_collections = has_collections  # as Flax variables have: those but "params" hold no weights
         self._inline = inline
         self._next = first
@@ -249,6 +248,11 @@ class Builder:
         self._names[name] += 1
         return name if self._names[name] == 1 else f"{name}:{self._names[name] - 1}"
 
+    def _unreserved(self, name: str) -> str:
+        if name in self._reserved:
+            self._names[name] = max(1, self._names[name])
+        return self._unique(name)
+
     def graph(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Known], *, scope: str) -> Graph:
         """The graph of a jaxpr."""
         graph = Graph([], [], [], [], {}, {}, {}, {}, set())
@@ -261,6 +265,7 @@ class Builder:
             graph.learn(value, known)
         self._add_body(graph, jaxpr, consts, env, scope)
         graph.outputs = [self._read(env, atom) for atom in jaxpr.outvars]
+        mark(graph, self._wanted.kinds, self._make_elementwise)
         graph.epilogues = find_epilogues(graph)
         return graph
 
@@ -288,9 +293,10 @@ class Builder:
             graph.nodes.append(self._node(graph, eqn, inputs, outputs, inner_scope))
 
     def _is_inlined(self, graph: Graph, eqn: Any, inputs: Sequence[Operand]) -> bool:
-        if only_moves(_jaxpr.bodies(eqn)[0].jaxpr) or _calls_op(eqn, [graph.known(value) for value in inputs]):
+        known = [graph.known(value) for value in inputs]
+        if only_moves(_jaxpr.bodies(eqn)[0].jaxpr) or self._wanted.calls_op(eqn, known):
             return True
-        return self._inline and not _is_relu(eqn)
+        return self._inline and not _is_relu(eqn) and not (self._wanted.kinds and is_named(eqn))
 
     def splice(self, graph: Graph, fn: Callable[..., Any], operands: Sequence[tuple[Operand, Any]]) -> list[int]:
         """Add what fn computes to the nodes of the graph.
@@ -312,19 +318,20 @@ class Builder:
 
     def _node(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], outputs: tuple[int, ...], scope: str) -> Node:
         known = [graph.known(value) for value in inputs]
-        if _calls_op(eqn, known):
+        self._scopes.update(dict.fromkeys(outputs, scope))
+        if self._wanted.calls_op(eqn, known):
             return self._call(graph, eqn, inputs, outputs, scope)
-        if eqn.primitive.name in _OPS:
+        if eqn.primitive.name in SHORT_KIND:
             op, why = self._op(graph, eqn, inputs, scope)
-            if op is None:
-                kind = _SHORT_KIND[eqn.primitive.name]
-                self.unquantized.append((self._unique(scope or kind), kind, why))
-            return Node(eqn, inputs, outputs, op=op)
-        if is_lookup(eqn, known):
+            if op is not None:
+                return Node(eqn, inputs, outputs, op=op)
+            kind = SHORT_KIND[eqn.primitive.name]
+            self.unquantized.append((self._unique(scope or kind), kind, why))
+        if is_lookup(eqn, known) and self._is_weight(known[0]):
             return Node(eqn, inputs, outputs, op=self._lookup(eqn, known[0]))
-        for parts, kind, why in _left_alone(eqn):
+        for parts, kind, why in left_alone(eqn):
             self.unquantized.append((self._unique("/".join(filter(None, (scope, *parts)))), kind, why))
-        for value, learnt in zip(outputs, through(eqn, known), strict=True):
+        for value, learnt in zip(outputs, through(eqn, known, self._wanted.derive), strict=True):
             graph.learn(value, learnt)
         dimensions = _jaxpr.broadcast_dimensions(eqn)
         if dimensions is not None and isinstance(inputs[0], int) and inputs[0] in graph.weights:
@@ -346,36 +353,40 @@ class Builder:
         between = {op.name for op in ops if op.weight is None} if layers else set()
         return dataclasses.replace(node, per_step=frozenset(layers | between))
 
+    def _is_weight(self, known: Known) -> bool:
+        return bool(known.path is not None) and not (self._has_collections and known.path and known.path[0] != "params")
+
+    def _make_elementwise(self, node: Node, kind: str) -> Op:
+        name = self._unreserved("/".join(filter(None, (self._scopes[node.outputs[0]], kind))))
+        pairs = zip(node.eqn.invars, node.inputs, strict=True)
+        avals = [atom.aval for atom, value in pairs if not isinstance(value, Constant)]
+        first, last, out = avals[0], avals[-1], node.eqn.outvars[0].aval
+        return Op(name, kind, None, None, None, (first.shape, last.shape, out.shape), (first.dtype, last.dtype))
+
     def _lookup(self, eqn: Any, table: Known) -> Op:
         assert table.path is not None
         avals = [atom.aval for atom in (*eqn.invars[:2], eqn.outvars[0])]
         return Op(
-            self._unique(_op_path_name(table.path) or "embedding"),
+            self._unique(op_path_name(table.path) or "embedding"),
             "embedding",
             None,
             0,
             table.path,
-            (
-                avals[0].shape,
-                avals[1].shape[:-1],
-                avals[2].shape,
-            ),  # the last axis is that of an index of several numbers
+            (avals[0].shape, avals[1].shape[:-1], avals[2].shape),  # the last axis holds the numbers of one index
             (avals[0].dtype, avals[1].dtype),
             table.sliced_by,
             _jaxpr.lookup(eqn),
         )
 
     def _op(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], scope: str) -> tuple[Op | None, str]:
-        kind = _SHORT_KIND[eqn.primitive.name]
+        kind = SHORT_KIND[eqn.primitive.name]
         avals = [atom.aval for atom in eqn.invars[:2]]
         if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals):
             return None, f"operands are {' and '.join(str(aval.dtype) for aval in avals)}"
         if any(isinstance(value, Constant) for value in inputs[:2]):
             return None, "an operand is a scalar constant"
         known = [graph.known(value) for value in inputs[:2]]
-        paths = [
-            None if self._has_collections and each.path and each.path[0] != "params" else each.path for each in known
-        ]
+        paths = [each.path if self._is_weight(each) else None for each in known]
         if all(path is not None for path in paths):
             return None, "both operands are weights"
         weight = next((i for i, path in enumerate(paths) if path is not None), None)
@@ -383,54 +394,11 @@ class Builder:
         contraction = _jaxpr.contraction(eqn)
         if contraction is None:
             return None, "ragged along an axis that is summed over, or in several ways at once"
-        name = _op_path_name(path) if path else (scope or kind)
+        name = op_path_name(path) if path else (scope or kind)
         shapes = (avals[0].shape, avals[1].shape, eqn.outvars[0].aval.shape)
         dtypes = (avals[0].dtype, avals[1].dtype)
         sliced_by = frozenset() if weight is None else known[weight].sliced_by
         return Op(self._unique(name or kind), kind, contraction, weight, path, shapes, dtypes, sliced_by), ""
-
-
-def _calls_op(eqn: Any, inputs: Sequence[Known]) -> bool:
-    """Whether a body of the call holds an op; whether a lookup is one depends on what it looks up."""
-    bodies = _jaxpr.bodies(eqn)
-    if any(_holds(body.jaxpr, _OPS) for body in bodies):
-        return True
-    if not any(_holds(body.jaxpr, BY_INDEX) for body in bodies):
-        return False
-    return any(map(_holds_lookup, bodies, into_bodies(eqn, inputs, 0)))
-
-
-def _holds(jaxpr: Any, names: Container[str]) -> bool:
-    return any(
-        eqn.primitive.name in names or any(_holds(body.jaxpr, names) for body in _jaxpr.bodies(eqn))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _holds_lookup(body: _jaxpr.Body, inputs: Sequence[Known]) -> bool:
-    env = dict(zip(body.jaxpr.invars, inputs, strict=True)) | dict.fromkeys(body.jaxpr.constvars, Known(fixed=True))
-    for eqn in body.jaxpr.eqns:
-        known = [Known(fixed=True) if _jaxpr.is_literal(atom) else env[atom] for atom in eqn.invars]
-        if is_lookup(eqn, known) or _calls_op(eqn, known):
-            return True
-        env.update(zip(eqn.outvars, through(eqn, known), strict=True))
-    return False
-
-
-def _left_alone(eqn: Any) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """What an equation that is not rewritten hides: parts of a name, kind, and why it is left in float."""
-    name = eqn.primitive.name
-    if name in _OPAQUE:
-        yield (name,), name, "an opaque call: what it computes is not known"
-        return
-    for inner in _jaxpr.inner_jaxprs(eqn):
-        for inner_eqn in inner.eqns:
-            if inner_eqn.primitive.name in _OPS:
-                kind = _SHORT_KIND[inner_eqn.primitive.name]
-                yield (name, kind), kind, f"inside {name}, which is not rewritten{_BECAUSE.get(name, '')}"
-            else:
-                for parts, kind, why in _left_alone(inner_eqn):
-                    yield (name, *parts), kind, why
 
 
 def _is_relu(eqn: Any) -> bool:
@@ -452,16 +420,26 @@ def find_epilogues(graph: Graph) -> dict[str, Epilogue]:
         if node.op is not None:
             end = node.outputs[0]
             # What an embedding gives out are its rows.
-            is_lookup = node.op.contraction is None
-            found[node.op.name] = Epilogue(end, None, False) if is_lookup else follow(graph, consumers, end)
+            has_none = node.op.lookup is not None
+            found[node.op.name] = Epilogue(end, None, False) if has_none else follow(graph, consumers, end, node.op)
     return found
 
 
 def follow(
-    graph: Graph, consumers: Mapping[int, Sequence[Node | None]], end: int, *, takes_bias: bool = True
+    graph: Graph,
+    consumers: Mapping[int, Sequence[Node | None]],
+    end: int,
+    op: Op | None = None,
+    *,
+    takes_bias: bool = True,
 ) -> Epilogue:
-    """Follow a result through casts, one bias and one ReLU, while each step is the only use of the one before."""
+    """Follow a result through casts, one bias and one ReLU, while each step is the only use of the one before.
+
+    Of elementwise ops none adds a bias, and a norm is scaled and shifted.
+    """
     bias, relu = None, False
+    takes_bias = takes_bias and not (op is not None and op.is_elementwise)
+    is_norm = op is not None and op.kind == "norm"
     while not relu:
         uses = consumers.get(end, [])
         user = uses[0] if len(uses) == 1 else None
@@ -472,6 +450,8 @@ def follow(
             bias = added
         elif user.is_relu:
             relu = True
+        elif is_norm and affine_of_norm(graph, user, end):
+            pass
         elif _jaxpr.new_dtype(user.eqn) is None or not jnp.issubdtype(_jaxpr.new_dtype(user.eqn), jnp.floating):
             break
         end = user.outputs[0]

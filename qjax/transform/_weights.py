@@ -45,10 +45,14 @@ class Known(NamedTuple):
     path: Path | None = None  # of the parameter that it comes from; None where it is no weight
     sliced_by: frozenset[int] = frozenset()  # the scans whose every step sees another slice of that parameter
     fixed: bool = False  # whether it is the same whatever the arguments are
+    derived: bool = False  # whether it is computed from parameters and constants alone, and no weight itself
 
 
-def through(eqn: Any, inputs: Sequence[Known]) -> list[Known]:
-    """What is known of the outputs of an equation that calls nothing, given what is known of its inputs."""
+def through(eqn: Any, inputs: Sequence[Known], derive: bool = False) -> list[Known]:
+    """What is known of the outputs of an equation that calls nothing, given what is known of its inputs.
+
+    With derive, what is computed from parameters and constants alone is a weight, too.
+    """
     name, count = eqn.primitive.name, len(eqn.outvars)
     if all(known.fixed for known in inputs):
         return [Known(fixed=not eqn.effects)] * count
@@ -60,6 +64,11 @@ def through(eqn: Any, inputs: Sequence[Known]) -> list[Known]:
         return [Known(path, frozenset().union(*(known.sliced_by for known in inputs)))] * count
     if name in BY_INDEX and inputs[0].path is not None and all(known.fixed for known in inputs[1:]):
         return [inputs[0]] * count
+    if not eqn.effects and all(known.fixed or known.derived or known.path is not None for known in inputs):
+        if not derive or not paths:
+            return [Known(derived=True)] * count
+        path = paths[0] if len(set(paths)) == 1 else _common_path(paths, "derived")
+        return [Known(path, frozenset().union(*(known.sliced_by for known in inputs)))] * count
     return [Known()] * count
 
 
@@ -85,7 +94,9 @@ def into_bodies(eqn: Any, inputs: Sequence[Known], loop: int) -> list[list[Known
     def inside(operand: int) -> Known:
         known = inputs[operand]
         if operand in sliced:
-            return Known(known.path, known.sliced_by | {loop}) if known.path is not None else Known()
+            if known.path is None:
+                return Known(derived=known.derived or known.fixed)
+            return Known(known.path, known.sliced_by | {loop})
         return Known() if operand in carried and operand not in unchanged else known
 
     return [[inside(operand) for operand in body.operands] for body in _jaxpr.bodies(eqn)]
@@ -104,11 +115,11 @@ def only_moves(jaxpr: Any) -> bool:
     )
 
 
-def _common_path(paths: Sequence[Path]) -> Path:
-    """Concatenated weights are named after what their paths share, with a last part that stands for all of them."""
+def _common_path(paths: Sequence[Path], last: str = "concatenated") -> Path:
+    """Weights that become one are named after what their paths share, with a last part that stands for all of them."""
     shared: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) != 1:
             break
         shared.append(parts[0])
-    return (*shared, "concatenated")
+    return (*shared, last)
