@@ -257,7 +257,8 @@ def _unpack(packed: jax.Array, layout: _Layout, size: int, axis: int, encoding: 
         return fields
     if encoding == "twos_complement":
         fields = fields ^ half  # the same code in offset binary
-    return lax.bitcast_convert_type(fields - half, jnp.int8)
+    # Not `lax.bitcast_convert_type(fields - half, …)`: where the words are constants, XLA folds that to codes in another order.
+    return (fields.astype(jnp.int16) - half.astype(jnp.int16)).astype(jnp.int8)
 
 
 def _assemble(x: jax.Array, pieces: list[list[tuple[int, int]]], pattern: int, axis: int, size: int) -> jax.Array:

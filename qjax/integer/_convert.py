@@ -13,6 +13,7 @@ from qjax._granularity import PerTensor
 from qjax._qparams import is_concrete
 from qjax.integer._collect import Collector
 from qjax.integer._program import IntegerOp, IntegerProgram
+from qjax.integer._storage import StoredWeight
 from qjax.transform._calls import op_of
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._interpret import Interpreter, Plan
@@ -94,23 +95,25 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
             key: _for_each_step(observer.qparams, len(steps[op_of(key)]))(state[key])
             for key, observer in observers.items()
         }
-        return collector.weights, collector.biases, qparams
+        # As they are stored; scans stack the weights of their layers.
+        stored = {name: StoredWeight.of(weight, steps[name]) for name, weight in collector.weights.items()}
+        return stored, collector.biases, qparams
 
-    weights, biases, qparams = collect(leaves[start : start + count], qvars.joined())
+    stored, biases, qparams = collect(leaves[start : start + count], qvars.joined())
     points = {key: (observer.spec, qparams[key]) for key, observer in observers.items()}
-    for key, (scale, _) in [(f"{op}/weight", q.qparams) for op, q in weights.items()] + list(qparams.items()):
+    for key, (scale, _) in [(f"{op}/weight", q.qparams) for op, q in stored.items()] + list(qparams.items()):
         if is_concrete(scale) and not np.all(np.isfinite(scale)):
             raise ValueError(
                 f"convert: the scale of {key} is not finite, because what it observed held NaN or infinity. Find out where "
                 "they come from, then calibrate again."
             )
-    needed = _needed_inputs(traced.graph, weights.keys())
+    needed = _needed_inputs(traced.graph, stored.keys())
     floats = {
         i - start: jnp.asarray(leaves[i]) for i in range(start, start + count) if traced.graph.inputs[i] in needed
     }
     names = tuple(op.name for op in traced.graph.ops())
-    program = IntegerProgram(prepared, shapes_of(params), weights, floats, points, names)
-    program.ops = _ops(traced, program, biases, shapes)
+    program = IntegerProgram(prepared, shapes_of(params), stored, floats, points, names)
+    program._describe = lambda program: _ops(traced, program, biases, shapes)
     return program
 
 
@@ -192,20 +195,21 @@ def _ops(
     for graph in traced.graph.all():
         epilogues.update(graph.epilogues)
         early.update(early_quantizers(graph, program.points, rounded))
+    weights = program.weights
     described: list[IntegerOp] = []
     for op in traced.graph.ops():
-        if op.name not in program.weights or op.weight is None:
+        if op.name not in weights or op.weight is None:
             continue
         epilogue = epilogues[op.name]
         output = f"{op.name}/output" if f"{op.name}/output" in program.points else early.get(epilogue.end)
         source = "" if op.contraction is None else shapes.inputs[op.name][1 - op.weight]
-        table = program.weights.get(source.removesuffix("/weight"))  # codes may come straight out of an embedding
+        table = weights.get(source.removesuffix("/weight"))  # codes may come straight out of an embedding
         point = program.points.get(source) or (None if table is None else (table.spec, table.qparams))
         described.append(
             IntegerOp(
                 name=op.name,
                 kind=op.kind,
-                weight=program.weights[op.name],
+                weight=weights[op.name],
                 weight_operand=op.weight,
                 bias=biases.get(op.name),
                 relu=epilogue.relu,

@@ -50,6 +50,13 @@ def accumulate(op: Contraction, lhs: QTensor, rhs: QTensor, *others: jax.Array) 
     return op(centred, rhs.codes, jnp.int32) + offset * _sum_of_weights(op, rhs.codes, lhs.codes.ndim)
 
 
+def shifted_codes(lhs: QTensor, rhs: QTensor) -> tuple[jax.Array, jax.Array]:
+    """`q - zero_point` of both operands of a dot: in int8 where there are no zero_points, else in int32."""
+    if lhs.spec.has_zero_point or rhs.spec.has_zero_point:
+        return _shifted(lhs), _shifted(rhs)
+    return lhs.codes, rhs.codes
+
+
 def _shifted(q: QTensor) -> jax.Array:
     zero_point = expand(q.zero_point.astype(jnp.int32), q.spec.granularity, q.codes.shape, "convert")
     return q.codes.astype(jnp.int32) - zero_point

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,11 @@ from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
 from qjax._requantize import Kernel
 from qjax._spec import QuantSpec
-from qjax.integer._kernels import accumulate
+from qjax.integer._kernels import accumulate, shifted_codes
+from qjax.integer._storage import StoredWeight
 from qjax.transform import _jaxpr
-from qjax.transform._contraction import Contraction
+from qjax.transform._contraction import Contraction, Dot
+from qjax.transform._grouped import Groups, grouped_dot
 from qjax.transform._interpret import Interpreter, Plan, quantize_dynamically, row_codes
 from qjax.transform._prepare import Prepared
 from qjax.transform._quantizer import Quantizer
@@ -54,13 +56,14 @@ class IntegerOp:
 class IntegerInterpreter(Interpreter):
     """Evaluates a graph on integer codes: int32 sums, the engine's requantization, weights from store.
 
-    What it knows by quantizer is no observer state but the `QTensor` of a weight and the `QParams` of any other point.
+    What it knows by quantizer is no observer state but the `StoredWeight` of a weight and the `QParams` of any other point.
     """
 
     def _operand(self, op: Op, index: int, value: Value) -> Value:
         weight = self._state.get(f"{op.name}/weight") if operand_role(op, index) == "weight" else None
         if weight is not None:
-            value = Quantized(None, weight.codes, weight.qparams, weight.spec, f"{op.name}/weight", op.dtypes[index])
+            tensor = weight.tensor()
+            value = Quantized(None, tensor.codes, tensor.qparams, tensor.spec, f"{op.name}/weight", op.dtypes[index])
         return super()._operand(op, index, value)
 
     def _quantize(self, key: str, observer: Quantizer, value: Value, kernel: Kernel | None = None) -> Quantized:
@@ -84,6 +87,12 @@ class IntegerInterpreter(Interpreter):
         del unit
         assert op.contraction is not None
         return accumulate(op.contraction, lhs.tensor(), rhs.tensor(), *others), None
+
+    def _grouped(self, op: Op, groups: Groups, lhs: Quantized, rhs: Quantized, out_shape: tuple[int, ...]) -> jax.Array:
+        contraction = op.contraction
+        assert isinstance(contraction, Dot)
+        left, right = shifted_codes(lhs.tensor(), rhs.tensor())
+        return grouped_dot(groups, left, right, out_shape, lambda a, b: contraction(a, b, jnp.int32))
 
     def _rows(self, node: Node, op: Op, table: Quantized, indices: list[jax.Array]) -> Value:
         """Rows of codes, and their qparams; no more of the table is dequantized than they."""
@@ -119,12 +128,13 @@ class IntegerInterpreter(Interpreter):
 class IntegerProgram:
     """A converted function of the arguments that are not parameters; made by `qjax.convert`.
 
-    Weights are held as integer codes; of the float parameters only those are kept that are used as floats (biases,
-    normalization, ops that no rule takes). Calling it is pure, so `jax.jit(integer)` works.
+    Weights are held as codes, those of less than 8 bits packed, and unpacked where they are used. Of the float parameters only
+    those are kept that are used as floats (biases, normalization, ops that no rule takes). Calling it is pure, so
+    `jax.jit(integer)` works.
 
     Attributes:
       ops: The ops with a quantized weight, in program order.
-      weights: The codes of each weight, by op; stacked by step where the op stands in a scan over layers.
+      weights: The codes of each weight, unpacked, by op; stacked by step where the op stands in a scan over layers.
       points: Spec and qparams of each quantization point, by `"op/input"` and `"op/output"`.
     """
 
@@ -132,7 +142,7 @@ class IntegerProgram:
         self,
         prepared: Prepared,
         params_shape: Any,
-        weights: Mapping[str, QTensor],
+        stored: Mapping[str, StoredWeight],
         floats: Mapping[int, jax.Array],
         points: Mapping[str, Point],
         names: tuple[str, ...],
@@ -140,10 +150,24 @@ class IntegerProgram:
         self._prepared = prepared
         self._params_shape = params_shape
         self._floats = dict(floats)
-        self.weights = dict(weights)
+        self._stored = dict(stored)
         self.points = dict(points)
         self._names = names
-        self.ops: tuple[IntegerOp, ...] = ()
+        self._describe: Callable[[IntegerProgram], tuple[IntegerOp, ...]] = lambda program: ()
+
+    @property
+    def weights(self) -> dict[str, QTensor]:
+        """The codes of each weight, unpacked."""
+        return {name: weight.tensor() for name, weight in self._stored.items()}
+
+    @property
+    def ops(self) -> tuple[IntegerOp, ...]:
+        """The ops with a quantized weight, with their codes unpacked."""
+        return self._describe(self)
+
+    @ops.setter
+    def ops(self, ops: Sequence[IntegerOp]) -> None:
+        self._describe = lambda program: tuple(ops)
 
     def __call__(self, *args: Any) -> Any:
         """Evaluate the program; returns what the original function returns, outputs dequantized."""
@@ -155,8 +179,8 @@ class IntegerProgram:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the program holds: codes, qparams, and what is kept in float."""
-        leaves = jax.tree.leaves((self.weights, [qparams for _, qparams in self.points.values()], self._floats))
+        """Bytes that the program holds: codes as they are stored, qparams, and what is kept in float."""
+        leaves = jax.tree.leaves((self._stored, [qparams for _, qparams in self.points.values()], self._floats))
         return sum(leaf.nbytes for leaf in leaves)
 
     def _run(self, args: Sequence[Any], *, keeps_codes: bool) -> tuple[Any, dict[str, QTensor]]:
@@ -175,9 +199,9 @@ class IntegerProgram:
         count = len(Prepared.array_leaves([self._params_shape]))
         leaves = Prepared.array_leaves(whole)
         leaves[start : start + count] = [self._floats.get(i, ABSENT) for i in range(count)]
-        stored = {f"{op}/weight": weight for op, weight in self.weights.items()}
-        stored |= {key: qparams for key, (_, qparams) in self.points.items()}
+        stored = {f"{op}/weight": weight for op, weight in self._stored.items()}
+        known: dict[str, Any] = {**stored, **{key: qparams for key, (_, qparams) in self.points.items()}}
         plan = Plan(self._prepared.recipe.bind(traced), "eval", "codes", self._prepared.engine, keeps_codes)
-        interpreter = IntegerInterpreter(plan, stored)
+        interpreter = IntegerInterpreter(plan, known)
         outputs = [to_real(value) for value in interpreter.run(traced.graph, leaves)]
         return jax.tree.unflatten(traced.out_tree, outputs), interpreter.codes

@@ -19,13 +19,24 @@ from qjax.estimators import Rounded
 from qjax.observers import MinMaxState
 from qjax.transform import _calls, _jaxpr
 from qjax.transform._calls import Outcome
-from qjax.transform._contraction import Conv
+from qjax.transform._contraction import Conv, Dot
+from qjax.transform._grouped import Groups, grouped_product, groups_of
 from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, multiply_exactly, scales_of
 from qjax.transform._quantizer import Quantizer, check_kind, estimate, nan_unless_calibrated, observes, quantize_by
 from qjax.transform._recipe import BoundRecipe
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
-from qjax.transform._values import Accumulated, Quantized, Scaled, Value, carry, dequantize_unfused, thin, to_real
+from qjax.transform._values import (
+    Accumulated,
+    Quantized,
+    Scaled,
+    Value,
+    carry,
+    dequantize_unfused,
+    thin,
+    to_real,
+    with_gradient_of,
+)
 
 Mode = Literal["init", "calibrate", "train", "eval"]
 Compute = Literal["codes", "dequantized"]
@@ -138,6 +149,15 @@ class Interpreter:
                 if self._plan.mode != "eval":
                     return multiply(op.contraction, lhs, rhs, scales[0] * scales[1], out.dtype, others)
                 return self._accumulate(op, lhs, rhs, scales, out.dtype, others)
+            groups = groups_of(op.contraction, lhs, rhs, len(out.shape))
+            if groups is not None:
+                self.computed[op.name] = "codes"
+                if self._plan.mode == "eval":
+                    value = self._grouped(op, groups, lhs, rhs, out.shape).astype(out.dtype)
+                    if lhs.carrier is None or rhs.carrier is None:
+                        return value
+                    return with_gradient_of(_jaxpr.bind(node.eqn, [to_real(lhs), to_real(rhs), *others])[0], value)
+                return _jaxpr.bind(node.eqn, [to_real(lhs), to_real(rhs), *others])[0]
         some = any(isinstance(operand, Quantized) for operand in operands)
         self.computed[op.name] = "dequantized" if some else "float"
         return _jaxpr.bind(node.eqn, [*map(to_real, operands), *others])[0]
@@ -180,6 +200,10 @@ class Interpreter:
     ) -> tuple[jax.Array, jax.Array | None]:
         assert op.contraction is not None
         return multiply_exactly(op.contraction, lhs, rhs, unit, others)
+
+    def _grouped(self, op: Op, groups: Groups, lhs: Quantized, rhs: Quantized, out_shape: tuple[int, ...]) -> jax.Array:
+        assert isinstance(op.contraction, Dot)
+        return grouped_product(op.contraction, groups, lhs, rhs, out_shape)
 
     def _kernel(self, op: Op, weight: QuantSpec) -> Kernel:
         conv = op.contraction if isinstance(op.contraction, Conv) else None

@@ -37,25 +37,47 @@ def scales_of(
     ndims = (lhs.ndim, rhs.ndim)
     factors: list[jax.Array] = []
     for operand, value in enumerate((lhs, rhs)):
-        assert value.qparams is not None
-        scale = value.qparams.scale
-        granularity = value.spec.granularity
-        if isinstance(granularity, PerChannel | PerToken):
-            last = ndims[operand] - 1
-            varying = range(last) if isinstance(granularity, PerToken) else granularity.axes
-            axes = [op.output_axis(operand, axis % ndims[operand], ndims) for axis in varying]
-            if None in axes:
-                return None
-            places = [axis for axis in axes if axis is not None]
-            channels = [axis % ndims[operand] for axis in varying]
-            if operand == 1 and isinstance(op, RaggedDot) and op.group in channels:
-                place = channels.index(op.group)
-                scale = op.of_rows(scale, place, others[0], out_shape[places[place]])
-            scale = scale.transpose(sorted(range(len(places)), key=lambda i: places[i]))
-            sizes = dict(zip(sorted(places), scale.shape, strict=True))
-            scale = scale.reshape(tuple(sizes.get(i, 1) for i in range(len(out_shape))))
+        scale = scale_for(op, operand, value, ndims, len(out_shape), out_shape, others)
+        if scale is None:
+            return None
         factors.append(scale)
     return lax.stop_gradient(factors[0]), lax.stop_gradient(factors[1])
+
+
+def scale_for(
+    op: Contraction,
+    operand: int,
+    value: Quantized,
+    ndims: tuple[int, int],
+    out_ndim: int,
+    out_shape: Sequence[int] = (),
+    others: Sequence[jax.Array] = (),
+) -> jax.Array | None:
+    """The scale of one operand, laid out for the output; None where it varies along a contracted axis."""
+    assert value.qparams is not None
+    scale, granularity = value.qparams.scale, value.spec.granularity
+    if not isinstance(granularity, PerChannel | PerToken):
+        return scale
+    last = ndims[operand] - 1
+    varying = range(last) if isinstance(granularity, PerToken) else granularity.axes
+    axes = [op.output_axis(operand, axis % ndims[operand], ndims) for axis in varying]
+    if None in axes:
+        return None
+    places = [axis for axis in axes if axis is not None]
+    channels = [axis % ndims[operand] for axis in varying]
+    if operand == 1 and isinstance(op, RaggedDot) and op.group in channels:
+        place = channels.index(op.group)
+        scale = op.of_rows(scale, place, others[0], out_shape[places[place]])
+    return lay_out(scale, places, out_ndim)
+
+
+def lay_out(scale: jax.Array, places: Sequence[int | None], out_ndim: int) -> jax.Array:
+    """A scale whose axes are these of the output, so that it broadcasts against it."""
+    known = [place for place in places if place is not None]
+    assert len(known) == len(places)
+    scale = scale.transpose(sorted(range(len(known)), key=lambda i: known[i]))
+    sizes = dict(zip(sorted(known), scale.shape, strict=True))
+    return scale.reshape(tuple(sizes.get(i, 1) for i in range(out_ndim)))
 
 
 def multiply(
@@ -99,7 +121,7 @@ def shifted(codes: jax.Array, zero_point: jax.Array, spec: QuantSpec) -> jax.Arr
     return codes.astype(jnp.float32) - expand(zero_point.astype(jnp.float32), spec.granularity, codes.shape, "prepare")
 
 
-def _largest(spec: QuantSpec) -> int:
+def largest(spec: QuantSpec) -> int:
     """The largest magnitude of `q - zero_point`."""
     low, high = int(spec.format.quant_min), int(spec.format.quant_max)
     return high - low if spec.has_zero_point else max(-low, high)
@@ -112,7 +134,7 @@ def _multiply(static, lhs, rhs, lhs_codes, rhs_codes, lhs_qparams, rhs_qparams, 
     right = shifted(rhs_codes, rhs_qparams.zero_point, static.specs[1])
     if not static.exact:
         return static.op(left, right, jnp.float32, *others), None
-    sums = sum_of_products(static.op, left, right, _largest(static.specs[0]) * _largest(static.specs[1]), *others)
+    sums = sum_of_products(static.op, left, right, largest(static.specs[0]) * largest(static.specs[1]), *others)
     return sums.astype(jnp.float32), sums
 
 

@@ -71,7 +71,7 @@ class Accumulated:
     def real(self) -> jax.Array:
         """The real that the kernel gives out."""
         value = self.kernel.reals(self.accumulator).astype(self.dtype)
-        return value if self.carrier is None else _with_gradient_of(self.carrier, value)
+        return value if self.carrier is None else with_gradient_of(self.carrier, value)
 
 
 @jax.tree_util.register_dataclass
@@ -109,16 +109,17 @@ class Quantized:
 
 
 @jax.custom_jvp
-def _with_gradient_of(carrier: jax.Array, value: jax.Array) -> jax.Array:
+def with_gradient_of(carrier: jax.Array, value: jax.Array) -> jax.Array:
+    """The value, with the gradient that the carrier has."""
     del carrier
     return value
 
 
-@_with_gradient_of.defjvp
+@with_gradient_of.defjvp
 def _with_gradient_of_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    return _with_gradient_of(*primals), tangents[0]
+    return with_gradient_of(*primals), tangents[0]
 
 
 @jax.custom_jvp

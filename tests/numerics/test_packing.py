@@ -249,6 +249,14 @@ def test_packed_size(order, bits):
         assert packed_size(size, bits, order=order) == wanted
 
 
+def test_words_that_are_constants(rng):
+    """XLA evaluates what it makes of constants by itself, and once put the codes in another order."""
+    codes = rng.integers(-4, 4, 320).astype(np.int8)
+    words = pack(codes, 3, order="uint8_stream", encoding="twos_complement")
+    unpacked = jax.jit(lambda: unpack(words, 3, 320, order="uint8_stream", encoding="twos_complement"))()
+    np.testing.assert_array_equal(unpacked, codes)
+
+
 @pytest.mark.parametrize(
     ("order", "bits"), [("low_first", 4), ("high_first", 2), ("int32_stream", 3), ("int32_padded", 7)]
 )
