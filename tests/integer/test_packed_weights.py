@@ -36,7 +36,12 @@ def converted(recipe, params, x, fn=two_layers, **options):
     return prepared, qvars, qjax.convert(prepared, qvars, params)
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def quick(names, *these):
+    """The names, all but these marked as long."""
+    return [pytest.param(name, marks=[] if name in these else pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("name", quick(WEIGHT_ONLY, "w4a16, groups of 32", "w3a16", "nf4", "mxfp4"))
 def test_weight_only_formats(rng, name):
     recipe, bits = WEIGHT_ONLY[name]
     dtype = jnp.float32 if bits == 3 else jnp.bfloat16
@@ -116,7 +121,7 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", quick(GROUPED, "w4a8 per token", "affine"))
 def test_integer_activations_and_weights_in_groups(rng, name):
     params = {layer: {"w": normal(rng, 64, 64) / 8, "b": normal(rng, 64)} for layer in "ab"}
     x = normal(rng, 2, 3, 64)
