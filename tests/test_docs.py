@@ -1,6 +1,15 @@
-"""Generated pages say what the code does now."""
+"""Generated pages say what the code does now, and the code on the others runs and prints what they say."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import jax
 
 from docs import generate_conventions
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_page_of_conventions_is_up_to_date():
@@ -13,3 +22,16 @@ def test_the_page_tells_conventions_apart():
     rows = [line.split(" | ") for line in generate_conventions.behaviour().splitlines()[2:]]
     for column in range(2, len(rows[0])):
         assert len({row[column] for row in rows}) > 1
+
+
+def test_the_page_of_learned_quantizers_runs_and_prints_what_it_says():
+    page = (DOCS / "learned_quantizers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    printed, names = io.StringIO(), {}
+    with (
+        contextlib.redirect_stdout(printed),
+        jax.numpy_dtype_promotion("standard"),
+    ):  # as a reader has it; optax wants it
+        for block in blocks:
+            exec(compile(block, "learned_quantizers.md", "exec"), names)
+    assert printed.getvalue().splitlines() == re.findall(r"# → (.*)", page)
