@@ -174,6 +174,10 @@ class Float:
                 f"Float: special='ieee' takes the largest exponent for infinity and NaN, which "
                 f"e{self.exponent}m{self.mantissa} cannot spare. Use special='fn' or 'none'."
             )
+        if self.special == "fn" and self.exponent + self.mantissa == 1:
+            raise ValueError(
+                "Float: special='fn' takes the largest code for NaN, which leaves e1m0 one number alone. Use special='none'."
+            )
         if self.special == "fnuz" and not self.signed:
             raise ValueError(
                 "Float: special='fnuz' puts NaN where -0 would be, and an unsigned format has none. Use 'fn'."
@@ -301,7 +305,7 @@ class Codebook:
             raise TypeError(f"Codebook: levels must be numbers, got {self.levels!r}.") from error
         if levels.ndim != 1 or not 2 <= levels.size <= 2**MAX_BITS:
             raise ValueError(f"Codebook: expected a sequence of 2 to {2**MAX_BITS} levels, got shape {levels.shape}.")
-        if not (np.all(np.isfinite(levels)) and np.all(np.diff(levels) > 0)):
+        if not (np.all(np.isfinite(levels)) and np.all(np.diff(levels.astype(np.float64)) > 0)):
             raise ValueError(
                 f"Codebook: levels must be finite and ascending, each different as a float32, got {self.levels!r}. Sort them."
             )

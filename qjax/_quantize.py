@@ -168,6 +168,7 @@ def quantize_with_mask(
     unclamped, before = _integer_codes(scaled, x, qparams, zero_point, bits, spec, dtype, caller)
     low, high = spec.clamp_limits
     codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
+    low, high = spec.quant_min, spec.quant_max  # codes may saturate further out; the mask is that of torch's fake-quant
     match spec.effective_mask:
         case "after_rounding":
             # A NaN may have the code 0, which is in range; no gradient passes through it all the same.

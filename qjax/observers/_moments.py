@@ -74,12 +74,12 @@ def table_errors(moments: Moments, levels: np.ndarray, step: jax.Array) -> jax.A
     Returns:
       float64 `(*statistic,)`. Σ x² is left out; it is the same for all quantizers.
     """
-    numbers, sums = moments.below(step[..., None] * row((levels[1:] + levels[:-1]) / 2, step))
+    numbers, sums = moments.below(unfused(step[..., None] * row((levels[1:] + levels[:-1]) / 2, step)))
     of_numbers = tree_sum(unfused(numbers * row(levels[1:] ** 2 - levels[:-1] ** 2, step)))
     of_sums = tree_sum(unfused(sums * row(np.diff(levels), step)))
     squares = unfused(moments.number[..., 0] * levels[-1] ** 2) - of_numbers
     products = unfused(moments.sum[..., 0] * levels[-1]) - of_sums
-    return unfused(squares * step * step) - unfused(2 * products * step)
+    return unfused(unfused(squares * step) * step) - unfused(2 * products * step)
 
 
 def window_errors(moments: Moments, count: int, step: jax.Array) -> jax.Array:
@@ -94,11 +94,11 @@ def window_errors(moments: Moments, count: int, step: jax.Array) -> jax.Array:
       float64 `(*statistic, count + 1)`: in the order of how many of the multiples are positive, 0 … count.
     """
     multiples = np.arange(-count + 1, count + 1, dtype=np.float64)
-    numbers, sums = moments.below(step[..., None] * row(multiples - 0.5, step))
+    numbers, sums = moments.below(unfused(step[..., None] * row(multiples - 0.5, step)))
     of_numbers = sums_before(unfused(numbers * row(2 * multiples - 1, step)))
     of_sums = sums_before(sums)
     top = row(np.arange(count + 1), step)
-    squares = unfused(moments.number * top * top) - (of_numbers[..., count:] - of_numbers[..., : count + 1])
+    squares = unfused(unfused(moments.number * top) * top) - (of_numbers[..., count:] - of_numbers[..., : count + 1])
     products = unfused(moments.sum * top) - (of_sums[..., count:] - of_sums[..., : count + 1])
     step = step[..., None]
-    return unfused(squares * step * step) - unfused(2 * products * step)
+    return unfused(unfused(squares * step) * step) - unfused(2 * products * step)

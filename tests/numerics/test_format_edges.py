@@ -56,3 +56,20 @@ def test_nf4_has_the_levels_of_its_definition():
     below = [-ppf(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
     levels = np.sort(np.array([*above, 0.0, *below])) / max(above)
     np.testing.assert_allclose(qjax.nf4.levels, levels, rtol=1e-6, atol=0)
+
+
+def test_a_codebook_may_reach_across_all_of_float32():
+    """The distance between its levels is no float32."""
+    book = qjax.Codebook((-3.4e38, 0.0, 3.4e38))
+    np.testing.assert_array_equal(code_of(jnp.float32([-3e38, -1.0, 1.8e38]), book)[0], [0, 1, 2])
+    ends = qjax.Codebook((-3.4e38, 3.4e38))
+    np.testing.assert_array_equal(code_of(jnp.float32([-1.0, 1.0]), ends)[0], [0, 1])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_float_has_more_than_one_number(signed):
+    with pytest.raises(ValueError, match=r"takes the largest code for NaN, which leaves e1m0 one number .*'none'"):
+        qjax.Float(1, 0, special="fn", signed=signed)
+    assert qjax.Float(1, 0, special="none").quant_max > 0
+    assert qjax.Float(1, 1, special="fn").quant_max > 0
+    assert qjax.Float(2, 0, special="fn", signed=signed).quant_max > 0

@@ -210,3 +210,22 @@ def test_outside_the_exact_scales_torch_real_may_differ(rng):
         assert_same_bits(*codes, "eager and jit")
         off = np.abs(codes[0].astype(int) - expected.astype(int))
         assert 0 < off.max() <= 1, f"scale {scale}"
+
+
+@pytest.mark.parametrize("granularity", [qjax.PerTensor(), qjax.PerChannel(0)], ids=format_id)
+def test_the_gradient_of_torch_real_ends_where_that_of_torchs_fake_quant_does(granularity):
+    """torch.quantize_per_tensor has no gradient. Its FakeQuantize has, and with reduce_range that ends at code 127."""
+    x = np.float32([[-0.04, 0.5, 12.7, 12.74, 12.76, 20, 30]])
+    scale, point = np.float32([0.1]), np.int32([0])
+    leaf = torch.tensor(x, requires_grad=True)
+    if granularity == qjax.PerTensor():
+        out = torch.fake_quantize_per_tensor_affine(leaf, float(scale[0]), 0, 0, 127)
+        scale, point = scale[0], point[0]
+    else:
+        out = torch.fake_quantize_per_channel_affine(leaf, torch.tensor(scale), torch.tensor(point), 0, 0, 127)
+    out.sum().backward()
+    spec = qjax.QuantSpec(qjax.uint8, reduce_range=True, granularity=granularity, convention="torch_real")
+    qparams = qjax.QParams(jnp.asarray(scale), jnp.asarray(point))
+    gradient = jax.grad(lambda x: qjax.fake_quantize(x, qparams, spec).sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, leaf.grad.numpy())
+    assert qjax.quantize(x, qparams, spec).codes.max() == 255

@@ -11,7 +11,7 @@ import qjax
 from qjax.observers import _float64, _torch_histogram, _torch_search
 from qjax.observers import _torch_arithmetic as arithmetic
 from qjax.observers._counts import Density
-from qjax.observers._moments import Moments
+from qjax.observers._moments import Moments, table_errors, window_errors
 from tests.numerics.stress import assert_same_bits
 from tests.observers.test_range_searches import divergences
 
@@ -179,3 +179,27 @@ def test_values_on_the_edges_of_bins_are_counted_as_torch_does(rng):
             counts = np.bincount(np.minimum(place.astype(int), bins - 1), minlength=bins)
             counted_elsewhere[name] += np.any(counts != wanted)
     assert min(counted_elsewhere.values()) > 0
+
+
+@pytest.mark.parametrize("channels", [(), pytest.param((3,), marks=pytest.mark.long)], ids=str)
+def test_errors_are_the_same_eager_and_jitted(rng, channels):
+    """No product of these is contracted with a difference after it, nor regrouped with another product."""
+    edges = np.broadcast_to(np.arange(-32, 33, dtype=np.float64), (*channels, 65))
+    levels = np.array([-1.0, -0.7, -0.5, -0.1, 0.0, 0.08, 0.3, 0.44, 0.9, 1.3])
+
+    def errors(counts, before, sums, step):
+        density = Density(jnp.asarray(edges[..., :-1]), jnp.asarray(edges[..., 1:]), counts, before, jnp.ones(channels))
+        moments = Moments(density, sums)
+        return table_errors(moments, levels, step), window_errors(moments, 15, step)
+
+    with jax.enable_x64(True):
+        jitted = jax.jit(errors)
+        for _ in range(5):
+            counts = rng.uniform(0, 1e4, (*channels, 64))
+            before, sums = (
+                np.concatenate([np.zeros((*channels, 1)), np.cumsum(part, axis=-1)], axis=-1)
+                for part in (counts, counts * (edges[..., :-1] + 0.5))
+            )
+            arguments = [jnp.asarray(a) for a in (counts, before, sums, rng.uniform(1, 12, channels))]
+            for a, b in zip(errors(*arguments), jitted(*arguments), strict=True):
+                np.testing.assert_array_equal(a, b)
