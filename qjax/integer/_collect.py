@@ -16,6 +16,7 @@ from qjax.transform import _jaxpr
 from qjax.transform._calls import first_slice, hide_absent, split_states
 from qjax.transform._interpret import Plan
 from qjax.transform._quantizer import Quantizer
+from qjax.transform._tied import Tied
 from qjax.transform._trace import Graph, Node, Op
 from qjax.transform._values import ABSENT, Value, thin, to_real
 
@@ -38,9 +39,13 @@ class Collector(IntegerInterpreter):
         self.weights: dict[str, QTensor] = {}
         self.biases: dict[str, jax.Array] = {}
 
+    def _tie(self, tied: Tied, value: Value, graph: Graph) -> Value:
+        self.weights[tied.owner] = self._codes(tied.key, tied.quantizer, to_real(value))
+        return value
+
     def _op(self, node: Node, op: Op, values: list[Value]) -> Value:
         observer = None if op.weight is None else self._plan.recipe.observer(op, op.weight)
-        if op.weight is not None and observer is not None:
+        if op.weight is not None and observer is not None and op.name not in self._plan.recipe.owners:
             self.weights[op.name] = self._codes(f"{op.name}/weight", observer, to_real(values[op.weight]))
         return ABSENT
 

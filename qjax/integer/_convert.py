@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax._granularity import PerTensor
 from qjax._qparams import is_concrete
+from qjax._quantize import QTensor
 from qjax.integer._collect import Collector
 from qjax.integer._program import IntegerOp, IntegerProgram
 from qjax.integer._storage import StoredWeight
@@ -19,7 +20,8 @@ from qjax.transform._hoist import early_quantizers
 from qjax.transform._interpret import Interpreter, Plan
 from qjax.transform._prepare import Prepared, QuantVars, check_calibrated, shapes_of
 from qjax.transform._quantizer import Quantizer
-from qjax.transform._trace import Graph, Trace
+from qjax.transform._tied import transposed
+from qjax.transform._trace import Graph, Op, Trace
 from qjax.transform._values import ABSENT
 
 
@@ -107,13 +109,14 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
                 f"convert: the scale of {key} is not finite, because what it observed held NaN or infinity. Find out where "
                 "they come from, then calibrate again."
             )
-    needed = _needed_inputs(traced.graph, stored.keys())
+    recipe = prepared.recipe.bind(traced)
+    needed = _needed_inputs(traced.graph, stored.keys() | recipe.owners.keys()) - recipe.tied.keys()
     floats = {
         i - start: jnp.asarray(leaves[i]) for i in range(start, start + count) if traced.graph.inputs[i] in needed
     }
     names = tuple(op.name for op in traced.graph.ops())
     program = IntegerProgram(prepared, shapes_of(params), stored, floats, points, names)
-    program._describe = lambda program: _ops(traced, program, biases, shapes)
+    program._describe = lambda program: _ops(traced, program, biases, shapes, recipe.owners)
     return program
 
 
@@ -186,8 +189,23 @@ def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
     return needed
 
 
+def _as_seen(op: Op, weight: QTensor) -> QTensor:
+    """A tied weight, which is laid out as the parameter is, in the order of axes that the op sees."""
+    assert op.order is not None
+    moved = transposed(weight.qparams, weight.spec, op.order)
+    if moved is None:
+        return weight  # then the order is that of the parameter
+    qparams, spec = moved
+    assert qparams is not None
+    return QTensor.of(weight.codes.transpose(op.order), qparams, spec)
+
+
 def _ops(
-    traced: Trace, program: IntegerProgram, biases: Mapping[str, jax.Array], shapes: Interpreter
+    traced: Trace,
+    program: IntegerProgram,
+    biases: Mapping[str, jax.Array],
+    shapes: Interpreter,
+    owners: Mapping[str, str],
 ) -> tuple[IntegerOp, ...]:
     """Describe the ops as the deployed kernels see them."""
     epilogues, early, steps = {}, {}, traced.graph.steps()
@@ -198,8 +216,11 @@ def _ops(
     weights = program.weights
     described: list[IntegerOp] = []
     for op in traced.graph.ops():
-        if op.name not in weights or op.weight is None:
+        weight = weights.get(op_of(owners.get(op.name, f"{op.name}/weight")))
+        if weight is None or op.weight is None:
             continue
+        if op.name in owners:
+            weight = _as_seen(op, weight)
         epilogue = epilogues[op.name]
         output = f"{op.name}/output" if f"{op.name}/output" in program.points else early.get(epilogue.end)
         source = "" if op.contraction is None else shapes.inputs[op.name][1 - op.weight]
@@ -209,7 +230,7 @@ def _ops(
             IntegerOp(
                 name=op.name,
                 kind=op.kind,
-                weight=weights[op.name],
+                weight=weight,
                 weight_operand=op.weight,
                 bias=biases.get(op.name),
                 relu=epilogue.relu,

@@ -22,6 +22,7 @@ from qjax.transform._grouped import Groups, grouped_dot
 from qjax.transform._interpret import Interpreter, Plan, quantize_dynamically, row_codes
 from qjax.transform._prepare import Prepared
 from qjax.transform._quantizer import Quantizer
+from qjax.transform._tied import Tied
 from qjax.transform._trace import Graph, Node, Op, operand_role
 from qjax.transform._values import ABSENT, Accumulated, Quantized, Value, dequantize_unfused, to_real
 
@@ -59,9 +60,14 @@ class IntegerInterpreter(Interpreter):
     What it knows by quantizer is no observer state but the `StoredWeight` of a weight and the `QParams` of any other point.
     """
 
+    def _tie(self, tied: Tied, value: Value, graph: Graph) -> Value:
+        weight: QTensor = self._state[tied.key].tensor()
+        dtype = next(graph.avals[i].dtype for i, each in self._plan.recipe.tied.items() if each is tied)
+        return Quantized(None, weight.codes, weight.qparams, weight.spec, tied.key, dtype)
+
     def _operand(self, op: Op, index: int, value: Value) -> Value:
         weight = self._state.get(f"{op.name}/weight") if operand_role(op, index) == "weight" else None
-        if weight is not None:
+        if weight is not None and op.name not in self._plan.recipe.owners:
             tensor = weight.tensor()
             value = Quantized(None, tensor.codes, tensor.qparams, tensor.spec, f"{op.name}/weight", op.dtypes[index])
         return super()._operand(op, index, value)
@@ -134,7 +140,8 @@ class IntegerProgram:
 
     Attributes:
       ops: The ops with a quantized weight, in program order.
-      weights: The codes of each weight, unpacked, by op; stacked by step where the op stands in a scan over layers.
+      weights: The codes of each weight, unpacked, by op; stacked by step where the op stands in a scan over layers. Of tied ops
+        there is one, by the first of them, laid out as the parameter is.
       points: Spec and qparams of each quantization point, by `"op/input"` and `"op/output"`.
     """
 

@@ -25,6 +25,7 @@ from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, multiply_exactly, scales_of
 from qjax.transform._quantizer import Quantizer, check_kind, estimate, nan_unless_calibrated, observes, quantize_by
 from qjax.transform._recipe import BoundRecipe
+from qjax.transform._tied import Tied
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
 from qjax.transform._values import (
     Accumulated,
@@ -91,6 +92,13 @@ class Interpreter:
         """Evaluate the graph on values, one for each of its inputs."""
         env: dict[int, Value] = dict(zip(graph.inputs, operands, strict=True))
         env.update(graph.constants)
+        env.update(
+            {
+                value: self._tie(tied, env[value], graph)
+                for value, tied in self._plan.recipe.tied.items()
+                if value in env
+            }
+        )
         ends = {epilogue.end: name for name, epilogue in graph.epilogues.items()}
         if self._plan.mode == "eval":  # the deployed kernel rounds right after the op; so that its codes are predicted
             quantizers = static_quantizers(graph, self._plan.recipe)
@@ -215,12 +223,23 @@ class Interpreter:
             weight=weight,
         )
 
+    def _tie(self, tied: Tied, value: Value, graph: Graph) -> Value:
+        """Quantize a parameter that several ops share."""
+        del graph
+        return self._quantize(tied.key, tied.quantizer, value)
+
     def _operand(self, op: Op, index: int, value: Value) -> Value:
         role = operand_role(op, index)
         observer = self._plan.recipe.observer(op, index)
+        is_tied = role == "weight" and op.name in self._plan.recipe.owners
+        if is_tied and not isinstance(value, Quantized):
+            raise ValueError(
+                f"prepare ({op.name}/weight): a tied weight reaches this op as an operand of a loop that carries it, or of a "
+                "function with a derivative rule of its own, which hide that it is quantized. Use tied=False for it."
+            )
         if isinstance(value, Quantized):
             result: Value = value
-            if observer is not None and self._plan.mode == "init":
+            if observer is not None and self._plan.mode == "init" and not is_tied:
                 # Not used here, but it may be with other arguments: dropout stands between two ops only in training.
                 self.spare[f"{op.name}/{role}"] = (observer, _shape(value.real()))
         elif observer is None:
@@ -338,8 +357,11 @@ class Interpreter:
         return dataclasses.replace(value, units=value.units + bias / unit)
 
     def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
-        names = {op.name for op in node.ops()}
-        states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names}
+        names, tied = (
+            {op.name for op in node.ops()},
+            set(self._plan.recipe.owners.values()),
+        )  # these are quantized outside
+        states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names and key not in tied}
         moving = frozenset(key for key in states if self._moves(key))
         outcome = _calls.evaluate(
             node, values, states, self._body_runner(), moving=moving, keeps_codes=self._plan.keeps_codes
@@ -347,7 +369,7 @@ class Interpreter:
         self.updates.update(outcome.updates)
         self.codes.update(outcome.codes)
         if self._never_runs(node):  # then its quantizers need not have seen anything
-            for key in [key for key in self.observed if _calls.op_of(key) in names]:
+            for key in [key for key in self.observed if _calls.op_of(key) in names and key not in tied]:
                 del self.observed[key]
         return outcome.results
 

@@ -236,6 +236,15 @@ def broadcast_dimensions(eqn: Eqn) -> tuple[int, ...] | None:
     return None
 
 
+def permutation(eqn: Eqn) -> tuple[int, ...] | None:
+    """Which axis of its one operand each axis of the output is; None where the equation does more than move axes and cast."""
+    if eqn.primitive.name == "transpose":
+        return tuple(eqn.params["permutation"])
+    if eqn.primitive.name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint"):
+        return tuple(range(len(eqn.outvars[0].aval.shape)))
+    return None
+
+
 def new_dtype(eqn: Eqn) -> Any:
     """The dtype that a conversion converts to; None for other equations."""
     return eqn.params["new_dtype"] if eqn.primitive.name == "convert_element_type" else None

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from qjax._granularity import is_named, resolve
-from qjax.transform import _recipe_json
+from qjax.transform import _recipe_json, _tied
 from qjax.transform._elementwise import ELEMENTWISE
 from qjax.transform._quantizer import Quantizer
 from qjax.transform._rule import ROLES, RecipeError, Rule
 from qjax.transform._search import KINDS
 from qjax.transform._table import Table, TableLike
+from qjax.transform._tied import Tied
 from qjax.transform._trace import Op, Trace, operand_role
 
 
@@ -97,7 +98,7 @@ class Recipe(TableLike):
           >>> qjax.Recipe.from_json('{"schema": "qjax.recipe", "version": 1, "rules": [{"pattern": ".*", "wieght": null}]}')
           Traceback (most recent call last):
           qjax.transform._rule.RecipeError: Recipe.from_json: rules[0]: unknown field 'wieght'; the fields are pattern, kind,
-          weight, input, lhs, rhs, output, batch_norm. Did you mean 'weight'?
+          weight, input, lhs, rhs, output, batch_norm, tied. Did you mean 'weight'?
         """
         return Recipe(_recipe_json.read(text))
 
@@ -122,8 +123,9 @@ class Recipe(TableLike):
 
     def bind(self, traced: Trace) -> BoundRecipe:
         """Return the rule of each op of a function; `check` says whether every rule has one."""
-        rules = {op.name: self.rule_for(op.name, op.kind) for op in traced.graph.ops()}
-        return BoundRecipe({name: rule for name, rule in rules.items() if rule is not None})
+        found = {op.name: self.rule_for(op.name, op.kind) for op in traced.graph.ops()}
+        bound = BoundRecipe({name: rule for name, rule in found.items() if rule is not None})
+        return dataclasses.replace(bound, tied=_tied.find(traced.graph, bound.rules, bound.observer))
 
     def _table(self) -> Table:
         rows: list[tuple[str, ...]] = []
@@ -141,6 +143,8 @@ class Recipe(TableLike):
                 start = ("", "")
             if rule.batch_norm is not None:
                 rows.append(("", "", "batch_norm", rule.batch_norm, ""))
+            if rule.tied:
+                rows.append(("", "", "weight", "tied", ""))
         return Table(("rule", "kind", "role", "spec", "observer"), tuple(rows), () if rows else ("no rules",))
 
 
@@ -158,6 +162,12 @@ class BoundRecipe:
     """A recipe that has met the ops of one function: the rule of each."""
 
     rules: Mapping[str, Rule]
+    tied: Mapping[int, Tied] = dataclasses.field(default_factory=dict)  # by value of the graph
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """The quantizer of the weight of each tied op."""
+        return {name: tied.key for tied in self.tied.values() for name in tied.ops}
 
     def rule_for(self, name: str) -> Rule | None:
         """The rule that takes the op of this name."""

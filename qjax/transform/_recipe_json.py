@@ -102,6 +102,8 @@ def _write_rule(rule: Rule) -> dict[str, Any]:
         written[role] = None if value is None else _write_role(value, f"{rule.selects}, {role}")
     if rule.batch_norm is not None:
         written["batch_norm"] = rule.batch_norm
+    if rule.tied:
+        written["tied"] = True
     return written
 
 
@@ -230,7 +232,7 @@ def _object(value: Any, path: str, *, required: Sequence[str], optional: Sequenc
 
 
 def _read_rule(value: Any, path: str) -> Rule:
-    fields = dict(_object(value, path, required=("pattern",), optional=("kind", *ROLES, "batch_norm")))
+    fields = dict(_object(value, path, required=("pattern",), optional=("kind", *ROLES, "batch_norm", "tied")))
     if isinstance(fields["pattern"], str) and len(fields["pattern"]) > _MAX_PATTERN:
         _fail(f"{path}.pattern", f"has {len(fields['pattern'])} characters, and {_MAX_PATTERN} is the limit.")
     for role in ROLES:

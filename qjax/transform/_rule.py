@@ -64,8 +64,14 @@ class Rule:
         what is quantized, in training too (see `prepare`); an op that has none which can be folded is a `RecipeError`.
         `"fold_if_present"` leaves such an op as it is, and `prepared.ops` says why. None leaves all in float behind the op.
 
+      tied: Whether ops that use the same parameter, such as an embedding and the output layer that shares its table, share
+        one quantizer of it: one range, one set of qparams, and in the integer program one tensor of codes. The parameter is
+        quantized as it is, before it is transposed or cast; of an op whose parameter no other op uses this changes nothing.
+        The quantizer is named after the first of the ops.
+
     Raises:
-      TypeError: A role is neither a spec nor an observer nor an estimator nor None, or pattern or kind is no str.
+      TypeError: A role is neither a spec nor an observer nor an estimator nor None, pattern or kind is no str, or tied is no
+        bool.
       ValueError: The pattern is not a regular expression, an output's granularity follows an op, or batch_norm is another word.
 
     Examples:
@@ -89,6 +95,7 @@ class Rule:
     rhs: Role | Literal["input"] = "input"
     output: Role = None
     batch_norm: BatchNormChoice | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
@@ -118,6 +125,8 @@ class Rule:
                     f"Rule({self.pattern!r}): {role} must be a QuantSpec, an observer, an estimator or None, got {value!r} of "
                     f"type {type(value).__name__}."
                 )
+        if not isinstance(self.tied, bool):
+            raise TypeError(f"Rule({self.pattern!r}): tied must be True or False, got {self.tied!r}.")
         if self.batch_norm not in (None, *get_args(BatchNormChoice)):
             raise ValueError(
                 f"Rule({self.pattern!r}): batch_norm must be one of {', '.join(map(repr, get_args(BatchNormChoice)))} or None, "

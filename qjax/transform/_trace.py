@@ -42,6 +42,9 @@ class Op:
     dtypes: tuple[Any, Any]  # lhs, rhs
     sliced_by: frozenset[int] = frozenset()  # the scans whose every step takes another slice of the weight
     lookup: Lookup | None = None  # of an embedding
+    order: tuple[int, ...] | None = (
+        None  # which axes of the parameter those of the weight are; None if it is more than moved
+    )
 
     @property
     def operands(self) -> tuple[int, ...]:
@@ -125,13 +128,15 @@ class Graph:
     fixed: set[int]  # values that do not depend on the arguments
     avals: dict[int, Any] = dataclasses.field(default_factory=dict)  # shape and dtype of each input
     derived: set[int] = dataclasses.field(default_factory=set)  # values computed from parameters and constants alone
+    orders: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # of moved parameters, by value
 
     def known(self, operand: Operand) -> Known:
         """What is known of a value before it is computed."""
         if isinstance(operand, Constant):
             return Known(fixed=True)
         sliced_by = self.sliced_by.get(operand, frozenset())
-        return Known(self.weights.get(operand), sliced_by, operand in self.fixed, operand in self.derived)
+        order = self.orders.get(operand)
+        return Known(self.weights.get(operand), sliced_by, operand in self.fixed, operand in self.derived, order)
 
     def learn(self, value: int, known: Known) -> None:
         """Keep what is known of a value."""
@@ -143,6 +148,8 @@ class Graph:
             self.fixed.add(value)
         if known.derived:
             self.derived.add(value)
+        if known.order is not None:
+            self.orders[value] = known.order
 
     def consumers(self) -> dict[int, list[Node | None]]:
         """The nodes that use each value; None stands for being an output of the graph."""
@@ -214,7 +221,9 @@ def trace(
     has_collections = any(path[0] == "params" and len(path) > 1 for path in paths.values() if path)
     reserved = set(map(op_path_name, paths.values()))
     builder = Builder(wanted, reserved, has_collections=has_collections, inline=inline)
-    graph = builder.graph(jaxpr, consts, [Known(paths.get(i)) for i in range(len(flat))], scope="")
+    orders = [tuple(range(len(var.aval.shape))) for var in jaxpr.invars]
+    known = [Known(paths.get(i), order=order if i in paths else None) for i, order in enumerate(orders)]
+    graph = builder.graph(jaxpr, consts, known, scope="")
     return Trace(graph, out_tree, builder.unquantized)
 
 
@@ -376,6 +385,7 @@ class Builder:
             (avals[0].dtype, avals[1].dtype),
             table.sliced_by,
             _jaxpr.lookup(eqn),
+            table.order,
         )
 
     def _op(self, graph: Graph, eqn: Any, inputs: tuple[Operand, ...], scope: str) -> tuple[Op | None, str]:
@@ -398,7 +408,9 @@ class Builder:
         shapes = (avals[0].shape, avals[1].shape, eqn.outvars[0].aval.shape)
         dtypes = (avals[0].dtype, avals[1].dtype)
         sliced_by = frozenset() if weight is None else known[weight].sliced_by
-        return Op(self._unique(name or kind), kind, contraction, weight, path, shapes, dtypes, sliced_by), ""
+        order = None if weight is None else known[weight].order
+        name = self._unique(name or kind)
+        return Op(name, kind, contraction, weight, path, shapes, dtypes, sliced_by, order=order), ""
 
 
 def _is_relu(eqn: Any) -> bool:

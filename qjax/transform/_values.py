@@ -19,6 +19,7 @@ from qjax._quantize import QTensor
 from qjax._requantize import Accumulator, Kernel
 from qjax._spec import QuantSpec
 from qjax.transform import _jaxpr
+from qjax.transform._tied import transposed
 from qjax.transform._trace import Node
 
 #: Equations that pick or move elements of their one operand; on codes they do what they do on reals.
@@ -166,7 +167,8 @@ def thin(source: Any, dimensions: tuple[int, ...], ndim: int) -> Any:
 def carry(node: Node, value: Value) -> Value | None:
     """Apply a one-operand equation to a structured value without giving up its structure; None where that cannot be."""
     if isinstance(value, Quantized):
-        return _carry_quantized(node, value)
+        moved = _carry_weight(node, value) if value.quantizer.endswith("/weight") else None
+        return _carry_quantized(node, value) if moved is None else moved
     if isinstance(value, Scaled):
         return _carry_scaled(node, value)
     if isinstance(value, Accumulated):
@@ -176,6 +178,26 @@ def carry(node: Node, value: Value) -> Value | None:
 
 def _is_pool_or_layout(node: Node, ndim: int) -> bool:
     return node.eqn.primitive.name in LAYOUT or _jaxpr.pooled_axes(node.eqn, ndim) is not None
+
+
+def _cast_carrier(value: Quantized, dtype: Any) -> jax.Array | None:
+    """The carrier, which an integer program has none of; but codes cannot say that the reals were rounded to fewer bits."""
+    if value.carrier is None and dtype is not None and jnp.finfo(dtype).nmant > jnp.finfo(value.dtype).nmant:
+        return value.real()
+    return value.carrier
+
+
+def _carry_weight(node: Node, value: Quantized) -> Quantized | None:
+    """Move the axes of a tied weight, its scales with them."""
+    order = _jaxpr.permutation(node.eqn)
+    moved = None if order is None else transposed(value.qparams, value.spec, order)
+    if moved is None:
+        return None
+    dtype = _jaxpr.new_dtype(node.eqn)
+    carrier = _cast_carrier(value, dtype)
+    carrier = None if carrier is None else _jaxpr.bind(node.eqn, [carrier])[0]
+    codes = value.codes if value.codes is None or order is None else lax.transpose(value.codes, order)
+    return Quantized(carrier, codes, *moved, value.quantizer, value.dtype if dtype is None else dtype)
 
 
 def _carry_quantized(node: Node, value: Quantized) -> Quantized | None:
@@ -191,7 +213,8 @@ def _carry_quantized(node: Node, value: Quantized) -> Quantized | None:
         operands = [array if isinstance(operand, int) else operand.value for operand in node.inputs]
         return _jaxpr.bind(node.eqn, operands)[0]
 
-    carrier = None if value.carrier is None else apply(value.carrier)
+    carrier = _cast_carrier(value, dtype)
+    carrier = None if carrier is None else apply(carrier)
     codes = value.codes
     if codes is not None and node.is_relu:
         assert value.qparams is not None

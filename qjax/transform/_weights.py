@@ -46,6 +46,7 @@ class Known(NamedTuple):
     sliced_by: frozenset[int] = frozenset()  # the scans whose every step sees another slice of that parameter
     fixed: bool = False  # whether it is the same whatever the arguments are
     derived: bool = False  # whether it is computed from parameters and constants alone, and no weight itself
+    order: tuple[int, ...] | None = None  # of a whole parameter, transposed perhaps: which of its axes the axes are
 
 
 def through(eqn: Any, inputs: Sequence[Known], derive: bool = False) -> list[Known]:
@@ -61,7 +62,8 @@ def through(eqn: Any, inputs: Sequence[Known], derive: bool = False) -> list[Kno
     paths = [known.path for known in inputs if known.path is not None]
     if name in WEIGHT_PRESERVING and len(paths) == len(inputs):
         path = paths[0] if len(set(paths)) == 1 else _common_path(paths)
-        return [Known(path, frozenset().union(*(known.sliced_by for known in inputs)))] * count
+        sliced_by = frozenset().union(*(known.sliced_by for known in inputs))
+        return [Known(path, sliced_by, order=_order(eqn, inputs[0].order))] * count
     if name in BY_INDEX and inputs[0].path is not None and all(known.fixed for known in inputs[1:]):
         return [inputs[0]] * count
     if not eqn.effects and all(known.fixed or known.derived or known.path is not None for known in inputs):
@@ -70,6 +72,13 @@ def through(eqn: Any, inputs: Sequence[Known], derive: bool = False) -> list[Kno
         path = paths[0] if len(set(paths)) == 1 else _common_path(paths, "derived")
         return [Known(path, frozenset().union(*(known.sliced_by for known in inputs)))] * count
     return [Known()] * count
+
+
+def _order(eqn: Any, order: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    permutation = _jaxpr.permutation(eqn)
+    if order is None or permutation is None:
+        return None
+    return tuple(order[axis] for axis in permutation)
 
 
 def is_lookup(eqn: Any, inputs: Sequence[Known]) -> bool:

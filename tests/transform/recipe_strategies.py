@@ -112,6 +112,7 @@ def rules(draw):
         lhs=draw(st.just("input") | roles()),
         rhs=draw(st.just("input") | roles()),
         output=output,
+        tied=draw(st.booleans()),
     )
 
 
