@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.transform import _jaxpr
-from qjax.transform._trace import Constant, Graph, Node, Operand
+from qjax.transform._trace import Constant, Graph, Node, Operand, is_float_cast, keeps_sizes
 from qjax.transform._weights import Path
 
 _RESHAPES = frozenset({"broadcast_in_dim", "copy", "copy_p", "expand_dims", "reshape", "squeeze"})
 _ELEMENTWISE = frozenset({"add", "div", "integer_pow", "max", "mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub"})
 _LINEAR = frozenset({"add", "add_any", "div", "mul", "sub"})
+_MIXING = _LINEAR | {"select_n"}  # of a value: what may make a new running statistic of it
 _ADDITIONS = frozenset({"add", "add_any"})
 #: Flax's collections and the attribute that holds an NNX variable's array say nothing about the layer.
-_NO_LAYER = frozenset({"batch_stats", "params", "raw_value", "value"})
+_NO_LAYER = frozenset({"batch_stats", "params", "raw_value", "rest", "value"})
 _VARIANCE = re.compile(r"(running_|moving_)?var(iance)?")
 
 
@@ -68,17 +69,17 @@ class _Factor(NamedTuple):
 class _Chain(NamedTuple):
     """What happened to the op's result so far."""
 
-    value: int
+    result: int  # the op's
+    value: int  # what became of it
     nodes: tuple[Node, ...] = ()
     op_bias: Operand | None = None
     mean: Operand | None = None
     factors: tuple[_Root | _Factor, ...] = ()
     bias: Operand | None = None
-    seen: tuple[Operand, ...] = ()  # what the value was combined with since it is the op's result with its bias
+    axes: frozenset[int] = frozenset()  # of the op's result, along which it was combined with what varies
 
-    def step(self, node: Node, other: Operand | None = None, **changes: Any) -> _Chain:
-        seen = self.seen if other is None else (*self.seen, other)
-        return self._replace(value=node.outputs[0], nodes=(*self.nodes, node), seen=seen, **changes)
+    def step(self, node: Node, axes: frozenset[int] = frozenset(), **changes: Any) -> _Chain:
+        return self._replace(value=node.outputs[0], nodes=(*self.nodes, node), axes=self.axes | axes, **changes)
 
 
 class Finder:
@@ -86,7 +87,6 @@ class Finder:
 
     Attributes:
       avals: Shape and dtype of each value.
-      from_params: The values that are computed from parameters and constants alone.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -95,17 +95,8 @@ class Finder:
         self._consumers = graph.consumers()
         self.avals: dict[int, Any] = dict(graph.avals)
         self.avals |= {value: jax.ShapeDtypeStruct(np.shape(x), np.result_type(x)) for value, x in graph.constants}
-        self.from_params: set[int] = {value for value in graph.inputs if value in graph.weights}
-        self.from_params |= {value for value, _ in graph.constants}
         for node in graph.nodes:
             self.avals |= {value: var.aval for value, var in zip(node.outputs, node.eqn.outvars, strict=True)}
-            if (
-                node.op is None
-                and not node.bodies
-                and not node.eqn.effects
-                and all(map(self.is_from_params, node.inputs))
-            ):
-                self.from_params |= set(node.outputs)
 
     def aval(self, operand: Operand) -> Any:
         """Shape and dtype of an operand."""
@@ -113,7 +104,8 @@ class Finder:
 
     def is_from_params(self, operand: Operand) -> bool:
         """Whether it is known once the parameters are."""
-        return isinstance(operand, Constant) or operand in self.from_params
+        known = self._graph.known(operand)
+        return known.fixed or known.derived or known.path is not None
 
     def cone(self, operands: Sequence[Operand | None], stop: int | None = None) -> set[int]:
         """What the operands are computed from, themselves included; not looked for behind the value `stop`."""
@@ -135,7 +127,7 @@ class Finder:
         if node.op.weight is None:
             return "neither of its operands is a weight"
         why = "no batch normalization follows it"
-        for start in self._results(_Chain(node.outputs[0])):
+        for start in self._results(_Chain(node.outputs[0], node.outputs[0])):
             for chain in self._normalizations(start):
                 found = self._check(node, chain)
                 if isinstance(found, BatchNorm):
@@ -149,60 +141,63 @@ class Finder:
         """The op's result, cast, and with its bias."""
         yield chain
         for node in self._nodes_after(chain):
-            if _is_float_cast(node):
+            if is_float_cast(node) or keeps_sizes(node):
                 yield from self._results(chain.step(node))
             elif chain.op_bias is None and node.eqn.primitive.name in _ADDITIONS:
                 other = _other(node, chain.value)
-                if self.is_from_params(other) and self._is_thin(other, chain.value):
-                    yield from self._results(chain.step(node, other, op_bias=other))
+                axes = self._thin_axes(other, chain)
+                if axes is not None and self.is_from_params(other):
+                    yield from self._results(chain.step(node, axes, op_bias=other))
 
     def _normalizations(self, chain: _Chain) -> Iterator[_Chain]:
         """Every way to read what follows as a normalization, the longest first."""
         roots = [factor for factor in chain.factors if isinstance(factor, _Root)]
         for node in self._nodes_after(chain):
             name = node.eqn.primitive.name
-            if _is_float_cast(node):
+            if is_float_cast(node):
                 yield from self._normalizations(chain.step(node))
                 continue
             if name not in _LINEAR or (name in ("sub", "div") and node.inputs[0] != chain.value):
                 continue
             other = _other(node, chain.value)
-            if not self._is_thin(other, chain.value):
+            axes = self._thin_axes(other, chain)
+            if axes is None:
                 continue
             if name == "sub" and chain.mean is None and not chain.factors:
-                yield from self._normalizations(chain.step(node, other, mean=other))
+                yield from self._normalizations(chain.step(node, axes, mean=other))
             elif name in ("mul", "div") and chain.mean is not None:
                 factors = (*chain.factors, *self._factors(other, 1 if name == "mul" else -1))
-                yield from self._normalizations(chain.step(node, other, factors=factors))
+                yield from self._normalizations(chain.step(node, axes, factors=factors))
             elif name in _ADDITIONS and roots and self.is_from_params(other):
-                yield from self._casts(chain.step(node, other, bias=other))
+                yield from self._casts(chain.step(node, axes, bias=other))
         if roots:
             yield chain
 
     def _casts(self, chain: _Chain) -> Iterator[_Chain]:
         """A cast that is all that becomes of the normalized value belongs to it."""
         nodes = self._consumers.get(chain.value, [])
-        if len(nodes) == 1 and nodes[0] is not None and _is_float_cast(nodes[0]):
+        if len(nodes) == 1 and nodes[0] is not None and is_float_cast(nodes[0]):
             yield from self._casts(chain.step(nodes[0]))
         else:
             yield chain
 
     def _nodes_after(self, chain: _Chain) -> list[Node]:
         nodes = self._consumers.get(chain.value, [])
-        return [node for node in nodes if node is not None and node.op is None and not node.bodies]
+        return [node for node in nodes if node is not None and _is_plain(node)]
 
     def _factors(self, operand: Operand, power: int) -> list[_Root | _Factor]:
         """The factors of a product, by what they are made from."""
         operand = self.source(operand)
         node = None if isinstance(operand, Constant) else self._producers.get(operand)
-        if node is None or node.bodies or operand in self._graph.weights:
+        if node is None or node.bodies:
             return [_Factor(operand, power)]
         name, inputs = node.eqn.primitive.name, node.inputs
         exponent = _exponent(node, [self.source(value) for value in inputs])
-        if name == "mul":
-            return [*self._factors(inputs[0], power), *self._factors(inputs[1], power)]
-        if name == "div":
-            return [*self._factors(inputs[0], power), *self._factors(inputs[1], -power)]
+        if name in ("mul", "div"):
+            second = power if name == "mul" else -power
+            factors = [*self._factors(inputs[0], power), *self._factors(inputs[1], second)]
+            has_root = any(isinstance(factor, _Root) for factor in factors)
+            return factors if has_root else [_Factor(operand, power)]
         if exponent in (-1.0, 1.0):
             return self._factors(inputs[0], int(power * exponent))
         if exponent in (-0.5, 0.5):
@@ -227,7 +222,7 @@ class Finder:
         while isinstance(operand, int) and operand in self._producers:
             node = self._producers[operand]
             dtype = _jaxpr.new_dtype(node.eqn)
-            widens = dtype is not None and _is_float_cast(node) and _bits(dtype) >= _bits(node.eqn.invars[0].aval.dtype)
+            widens = dtype is not None and is_float_cast(node) and _bits(dtype) >= _bits(node.eqn.invars[0].aval.dtype)
             if not (widens or node.eqn.primitive.name in _RESHAPES):
                 break
             operand = node.inputs[0]
@@ -252,9 +247,18 @@ class Finder:
             return frozenset().union(*(self._axes(value, ndim) for value in node.inputs))
         return by_shape
 
-    def _is_thin(self, operand: Operand, value: int) -> bool:
-        """Whether the operand varies along one axis of the value at most."""
-        return operand != value and len(self._axes(operand, self.avals[value].ndim)) <= 1
+    def _thin_axes(self, operand: Operand, chain: _Chain) -> frozenset[int] | None:
+        """The one axis of the op's result along which the operand varies, if at all; None where there are several."""
+        if operand == chain.value:
+            return None
+        here, there = (self.avals[value].shape for value in (chain.value, chain.result))
+        axes = self._axes(operand, len(here))
+        if len(axes) > 1 or here == there:
+            return axes if len(axes) <= 1 else None
+        # Between the two there are axes of size 1 that came or went.
+        places = [axis for axis, size in enumerate(there) if size != 1]
+        rank = {axis: places[i] for i, axis in enumerate(axis for axis, size in enumerate(here) if size != 1)}
+        return frozenset(rank[axis] for axis in axes)
 
     def _check(self, node: Node, chain: _Chain) -> BatchNorm | str | None:
         """The batch normalization that a chain is; why it cannot be folded; or None where it is something else."""
@@ -266,7 +270,7 @@ class Finder:
         if len(roots) != 1 or roots[0].power != -1 or len(others) > 1 or chain.mean is None:
             return None
         shape = node.op.shapes[2]
-        axes = frozenset[int]().union(*(self._axes(operand, len(shape)) for operand in chain.seen))
+        axes = chain.axes
         features = {
             node.op.contraction.output_axis(node.op.weight, i, _ranks(node))
             for i in range(_ranks(node)[node.op.weight])
@@ -318,7 +322,7 @@ class Finder:
         seen = {id(node) for node in chain.nodes}
         while rest:
             for node in self._consumers.get(rest.pop(), []):
-                if node is None or node.op is not None or node.bodies or node.eqn.effects:
+                if node is None or not _is_plain(node) or node.eqn.effects:
                     return True
                 if id(node) not in seen:
                     seen.add(id(node))
@@ -328,20 +332,21 @@ class Finder:
     def _running_variance(self, var: Operand, channels: int, siblings: Sequence[Operand | None]) -> int | None:
         """The running variance that belongs to the variance of a batch.
 
-        It is the parameter that is combined with the variance linearly, as in `0.9 · running + 0.1 · var`. Where no such
-        update was traced it is the parameter `var`, `variance` or `running_var` of the layer that scale and bias are of.
+        It is the parameter that is combined with the variance linearly, as in `0.9 · running + 0.1 · var`, or that the
+        variance itself is a sum with. Where no such update was traced it is the parameter `var`, `variance` or
+        `running_var` of the layer that scale and bias are of.
         """
         linear = {var} if isinstance(var, int) else set()
-        found: set[int] = set()
+        found = self._leaves(var, channels)  # normalized with the new running variance
         for node in self._graph.nodes:
-            if linear.isdisjoint(v for v in node.inputs if isinstance(v, int)) or node.bodies or node.op is not None:
+            if linear.isdisjoint(v for v in node.inputs if isinstance(v, int)) or not _is_plain(node):
                 continue
             name = node.eqn.primitive.name
-            if name not in _LINEAR | _RESHAPES and _jaxpr.new_dtype(node.eqn) is None:
+            if name not in _MIXING | _RESHAPES and _jaxpr.new_dtype(node.eqn) is None:
                 continue
             linear |= set(node.outputs)
             for value in node.inputs:
-                if isinstance(value, int) and value not in linear and name in _LINEAR:
+                if isinstance(value, int) and value not in linear and name in _MIXING:
                     found |= self._leaves(value, channels)
         if len(found) == 1:
             return found.pop()
@@ -358,28 +363,24 @@ class Finder:
         return named[0] if len(named) == 1 else None
 
     def _leaves(self, operand: Operand, channels: int) -> set[int]:
-        """The parameters with an element for each channel that a value is a product or a sum of."""
+        """The parameters with an element for each channel that a value is a sum of, or a multiple."""
         operand = self.source(operand)
-        if isinstance(operand, Constant) or not self.is_from_params(operand):
+        node = None if isinstance(operand, Constant) else self._producers.get(operand)
+        if node is not None and node.eqn.primitive.name in _MIXING:
+            return set[int]().union(*(self._leaves(value, channels) for value in node.inputs))
+        if isinstance(operand, Constant) or operand not in self._graph.weights:
             return set()
-        if operand in self._graph.weights:
-            return {operand} if math.prod(self.avals[operand].shape) == channels else set()
-        node = self._producers.get(operand)
-        if node is None or node.eqn.primitive.name not in _LINEAR:
-            return set()
-        return set[int]().union(*(self._leaves(value, channels) for value in node.inputs))
+        return {operand} if math.prod(self.avals[operand].shape) == channels else set()
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether the node is one equation, which a rule for elementwise ops may have made an op."""
+    return not node.bodies and (node.op is None or node.op.is_elementwise)
 
 
 def _ranks(node: Node) -> tuple[int, int]:
     assert node.op is not None
     return len(node.op.shapes[0]), len(node.op.shapes[1])
-
-
-def _is_float_cast(node: Node) -> bool:
-    dtype = _jaxpr.new_dtype(node.eqn)
-    return dtype is not None and all(
-        jnp.issubdtype(each, jnp.floating) for each in (dtype, node.eqn.invars[0].aval.dtype)
-    )
 
 
 def _bits(dtype: Any) -> int:

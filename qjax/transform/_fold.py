@@ -84,7 +84,7 @@ class _Folder:
         finder: Finder | None = None
         for node in graph.nodes:
             rule = None if node.op is None else self._recipe.rule_for(node.op.name)
-            if node.op is None or rule is None or rule.batch_norm is None:
+            if node.op is None or node.op.is_elementwise or rule is None or rule.batch_norm is None:
                 continue
             finder = finder or Finder(graph)
             norm = finder.find(node)
@@ -100,6 +100,7 @@ class _Folder:
         norms = [norm for _, norm in found.values()]
         # What is folded is needed before the op, and the function may have computed it behind it.
         early = finder.cone([value for norm in norms for value in _parameters(norm)])
+        normalizing = {id(node) for norm in norms for node in norm.nodes}
         dropped = {id(node) for norm in norms if not norm.of_batch for node in norm.nodes}
         gone = {node.outputs[0] for norm in norms if not norm.of_batch for node in norm.nodes[:-1]}
         new = dataclasses.replace(
@@ -123,8 +124,8 @@ class _Folder:
                 splice(new, finder, node, node.op, found[node.op.name][1])
                 if not found[node.op.name][1].of_batch:
                     gone |= set(node.outputs)
-            else:
-                new.nodes.append(node)
+            else:  # as an op of its own a normalization is gone
+                new.nodes.append(dataclasses.replace(node, op=None) if id(node) in normalizing else node)
         new.epilogues = find_epilogues(new)
         consumers = new.consumers()
         for name, (_, norm) in found.items():
@@ -151,8 +152,11 @@ class _Folder:
         known = [new.known(operand) for operand in (norm.bias, norm.mean) if operand is not None]
         new.learn(bias, next((each for each in known if each.path is not None), new.known(weight)))
         result = self._add_op(new, finder, node, op, weight)
-        dtype = norm.nodes[-1].eqn.outvars[0].aval.dtype
-        add = lambda result, bias: (result.astype(jnp.float32) + bias).astype(dtype)  # noqa: E731
+        end = norm.nodes[-1].eqn.outvars[0].aval
+
+        def add(result: jax.Array, bias: jax.Array) -> jax.Array:
+            return (result.astype(jnp.float32) + bias).astype(end.dtype).reshape(end.shape)
+
         self._splice(new, finder, add, [result, bias], into=norm.end)
 
     def _with_batch_statistics(self, new: Graph, finder: Finder, node: Node, op: Op, norm: BatchNorm) -> None:

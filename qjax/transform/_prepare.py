@@ -296,7 +296,11 @@ class Prepared:
         wanted = Wanted(self.recipe.elementwise, self.derived_weights == "weight")
         traced = trace(call, self.params_argnum, dynamic, wanted, inline=folds)
         self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
-        return fold_batch_norms(traced, self.recipe.bind(traced)) if folds else traced
+        if folds:
+            traced = fold_batch_norms(traced, self.recipe.bind(traced))
+            # A normalization that is folded is no op any more, for a rule of kind "norm".
+            self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
+        return traced
 
     @staticmethod
     def array_leaves(args: Sequence[Any]) -> list[Any]:

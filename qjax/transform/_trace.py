@@ -447,7 +447,8 @@ def follow(
 ) -> Epilogue:
     """Follow a result through casts, one bias and one ReLU, while each step is the only use of the one before.
 
-    Of elementwise ops none adds a bias, and a norm is scaled and shifted.
+    Of elementwise ops none adds a bias, and a norm is scaled and shifted. Axes of size 1 may come and go, as they do where a
+    layer for one image is mapped over many.
     """
     bias, relu = None, False
     takes_bias = takes_bias and not (op is not None and op.is_elementwise)
@@ -464,11 +465,28 @@ def follow(
             relu = True
         elif is_norm and affine_of_norm(graph, user, end):
             pass
-        elif _jaxpr.new_dtype(user.eqn) is None or not jnp.issubdtype(_jaxpr.new_dtype(user.eqn), jnp.floating):
+        elif not (is_float_cast(user) or keeps_sizes(user)):
             break
         end = user.outputs[0]
     sliced_by = frozenset() if bias is None else graph.known(bias).sliced_by
     return Epilogue(end, bias, relu, sliced_by)
+
+
+def is_float_cast(node: Node) -> bool:
+    """Whether the node casts a float to a float."""
+    dtypes = (_jaxpr.new_dtype(node.eqn), *(atom.aval.dtype for atom in node.eqn.invars))
+    return dtypes[0] is not None and all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+
+
+def keeps_sizes(node: Node) -> bool:
+    """Whether the node does nothing but add or remove axes of size 1."""
+    if (
+        node.eqn.primitive.name not in ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
+        or len(node.inputs) != 1
+    ):
+        return False
+    before, after = node.eqn.invars[0].aval.shape, node.eqn.outvars[0].aval.shape
+    return [size for size in before if size != 1] == [size for size in after if size != 1]
 
 
 def added_weight(graph: Graph, node: Node, value: int) -> int | None:

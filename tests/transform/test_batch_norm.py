@@ -477,3 +477,69 @@ def test_the_op_table_says_what_was_folded(rng):
         assert "batch norm folded into the weight\n  op" in str(table)
     (op,) = qjax.prepare(functools.partial(layer, train=False), Recipe([Rule(".*")])).ops(params, x)
     assert (op.batch_norm, op.epilogue) == ("", "bias")
+
+
+@pytest.mark.parametrize("inference", [True, False], ids=["running", "batch"])
+@pytest.mark.parametrize("mode", ["batch", pytest.param("ema", marks=pytest.mark.long)])
+def test_equinox(rng, mode, inference):
+    """A layer for one image, mapped over a batch: a channel axis in front, a mean over a named axis, an axis that goes."""
+    eqx = pytest.importorskip("equinox", reason="equinox is an optional neighbour; only this test needs it")
+
+    class EquinoxLayer(eqx.Module):
+        """conv-bn-relu."""
+
+        conv: eqx.nn.Conv2d
+        norm: eqx.nn.BatchNorm
+
+        def __init__(self, key, mode):
+            self.conv = eqx.nn.Conv2d(2, 3, 3, key=key)
+            self.norm = eqx.nn.BatchNorm(3, "batch", mode=mode)
+
+        def __call__(self, x, state):
+            y, state = self.norm(self.conv(x), state)
+            return jax.nn.relu(y), state
+
+    model, state = eqx.nn.make_with_state(EquinoxLayer)(jax.random.key(0), mode)
+    x = normal(rng, 8, 2, 5, 5)
+
+    def run(model, state, x):
+        return jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+
+    state = jitted(lambda s, x: run(model, s, x), state, x)[1]
+    params, static = eqx.partition((eqx.nn.inference_mode(model, inference), state), eqx.is_array)
+
+    def fn(params, x):
+        return run(*eqx.combine(params, static), x)
+
+    assert_trees_close(folded(fn, params, x), jitted(fn, params, x), rtol=5e-6)
+    if inference:
+        prepared = qjax.prepare(
+            fn, Recipe([Rule(".*", weight=qjax.QuantSpec(qjax.int8), input=A8, output=A8, batch_norm="fold")])
+        )
+        _, qvars = jitted(lambda *args: prepared(prepared.init(*args), *args), params, x)
+        (op,) = qjax.convert(prepared, qvars, params, x).ops
+        assert op.relu
+        assert op.bias is not None
+
+
+def test_rules_for_norms_and_derived_weights(rng):
+    """A normalization that is folded is no op of its own; a masked weight is folded as the weight that it is."""
+    params, x = layer_params(rng, 3, 3, 2, 4), normal(rng, 4, 5, 5, 2)
+    params["mask"] = (normal(rng, 3, 3, 2, 1) > 0).astype(jnp.float32)
+
+    def fn(p, x, train):
+        out, new = layer({"op": {"w": p["op"]["w"] * p["mask"], "b": p["op"]["b"]}, "bn": p["bn"]}, x, train)
+        return out + x.mean((1, 2, 3), keepdims=True), new
+
+    recipe = Recipe([Rule(".*", kind="conv", weight=W8, batch_norm="fold"), Rule(".*", kind="add", output=A8)])
+    prepared = qjax.prepare(fn, recipe, derived_weights="weight")
+    for train in (False, True):
+        conv_op, add_op = prepared.ops(params, x, train)
+        assert (conv_op.kind, conv_op.batch_norm, add_op.kind) == ("conv", "folded", "add")
+    norms = Recipe([*recipe.rules, Rule(".*", kind="norm", output=A8)])
+    with pytest.raises(RecipeError, match=r"kind='norm'.* matches no op"):
+        qjax.prepare(fn, norms, derived_weights="weight").init(params, x, False)
+    floats = qjax.prepare(fn, Recipe([Rule(".*", kind="conv", batch_norm="fold")]), derived_weights="weight")
+    for train in (False, True):
+        got = jitted(lambda *args: floats(qjax.QuantVars({}, {}), *args)[0], params, x, train)
+        assert_trees_close(got, jitted(fn, params, x, train), rtol=5e-6)
