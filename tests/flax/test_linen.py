@@ -27,6 +27,7 @@ from tests.transform.models import (
 )
 
 prepare = qjax.flax.linen.prepare
+LEARNED = qjax.Recipe([qjax.Rule(".*", weight=qjax.estimators.lsq(W8), input=qjax.estimators.lsq(A8))])
 
 
 @pytest.fixture(autouse=True)
@@ -307,6 +308,38 @@ def test_a_train_state(net, rng):
             losses.append(float(value))
     assert len(traces) == 1
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+
+
+def test_learned_scales_are_a_collection(net):
+    """`quant_params` is there where something is learned; it has the gradients of the plain function, and optax takes them."""
+    _, variables, x = net
+    q, plain = prepare(Net(), LEARNED), qjax.prepare(lambda v, x: Net().apply(v, x), LEARNED)
+    qvars = calibrated(plain, variables, x)
+    variables = jitted(q.calibrate, variables, x)
+    assert sorted(variables) == ["batch_stats", "params", "quant", "quant_params"]
+    assert_trees_equal((variables["quant_params"], variables["quant"]), (qvars.params, qvars.state))
+
+    def loss(trained, variables, x):
+        out, updates = q.apply({**variables, **trained}, x, mutable=["quant"])
+        return (out**2).mean(), updates
+
+    def plain_loss(trained, variables, x):
+        return (plain(qvars._replace(params=trained["quant_params"]), {**variables, **trained}, x)[0] ** 2).mean()
+
+    learned = {name: variables[name] for name in ("params", "quant_params")}
+    rest = {"batch_stats": variables["batch_stats"]}
+    grads, updates = jax.jit(jax.grad(loss, has_aux=True))(learned, variables, x)
+    want = jax.jit(jax.grad(plain_loss))({**learned, "params": variables["params"]}, rest, x)
+    assert_trees_equal(grads, want)
+    assert all(bool((leaf != 0).any()) for leaf in jax.tree.leaves(grads["quant_params"]))
+    assert updates.keys() == {"quant"}  # a forward pass learns nothing
+    moved, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(learned))
+    trained = {**variables, **optax.apply_updates(learned, moved)}
+    program = q.convert(trained, x)
+    np.testing.assert_array_equal(jitted(program, x), jitted(q.apply, trained, x))
+    scale = trained["quant_params"]["head/weight"]["scale"]
+    np.testing.assert_array_equal(program.weights["head"].scale, scale)
+    assert not (scale == variables["quant_params"]["head/weight"]["scale"]).any()
 
 
 def test_prepared_modules_compare_by_what_they_are(net):

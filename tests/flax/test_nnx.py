@@ -11,6 +11,7 @@ from flax import nnx
 
 import qjax
 from tests.transform.models import (
+    A8,
     INPUTS,
     W8,
     assert_trees_equal,
@@ -185,6 +186,48 @@ def test_gradients_are_those_of_the_plain_function(net):
         got = grads["layers"][i][name].get_value()
         assert float(jnp.abs(got).max()) > 0
         np.testing.assert_array_equal(got, want["layers"][i][name])
+
+
+def test_learned_scales_are_params(net):
+    """`wrt=nnx.Param` reaches them, with the gradients of the plain function; what was learned is what is converted."""
+    _, x = net
+    learned = qjax.Recipe([qjax.Rule(".*", weight=qjax.estimators.lsq(W8), input=qjax.estimators.lsq(A8))])
+    q = prepare(Net(nnx.Rngs(0)), learned, x)
+    q.calibrate()
+    call(q, x)
+    graphdef, state = nnx.split(q.module)
+    plain, qvars = qjax.prepare(lambda state, x: nnx.merge(graphdef, state)(x), learned), q.qvars()
+    q.set_attributes(mode="train")  # the quantizers alone
+
+    @nnx.jit
+    def step(q, optimizer, x):
+        grads = nnx.grad(lambda q: (q(x) ** 2).mean())(q)
+        optimizer.update(q, grads)
+        return grads
+
+    @jax.jit
+    def plain_grads(params, state, x):
+        return jax.grad(lambda params: (plain(qvars._replace(params=params), state, x)[0] ** 2).mean())(params)
+
+    want = plain_grads(qvars.params, state, x)
+    grads = step(q, nnx.Optimizer(q, optax.sgd(0.1), wrt=nnx.Param), x)["quant_params"]
+    assert sorted(grads) == sorted(f"layers/{i}/{role}/scale" for i in (0, 1) for role in ("input", "weight"))
+    for name, gradient in grads.items():
+        quantizer = name.removesuffix("/scale")
+        assert isinstance(q.quant_params[name], qjax.flax.nnx.QuantParam)
+        np.testing.assert_array_equal(gradient.get_value(), want[quantizer]["scale"])
+        assert (gradient.get_value() != 0).any()
+        np.testing.assert_allclose(
+            q.quant_params[name].get_value(),
+            qvars.params[quantizer]["scale"] - 0.1 * want[quantizer]["scale"],
+            rtol=1e-6,
+        )
+    q.eval()
+    program = q.convert(x)
+    np.testing.assert_array_equal(jitted(program, x), call(q, x))
+    np.testing.assert_array_equal(
+        program.weights["layers/1"].scale, q.quant_params["layers/1/weight/scale"].get_value()
+    )
 
 
 def test_conversion(net, rng):
