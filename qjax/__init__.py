@@ -41,7 +41,7 @@ from qjax._packing import pack, packed_size, unpack
 from qjax._qparams import QParams, choose_qparams
 from qjax._quantize import QTensor, dequantize, quantize
 from qjax._spec import QuantSpec
-from qjax.integer import IntegerOp, IntegerProgram, convert
+from qjax.integer import IntegerOp, IntegerProgram, SavedProgram, convert, load_integer
 from qjax.transform import Prepared, QuantVars, Recipe, RecipeError, Rule, fold_batch_norm, prepare
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "SavedProgram",
     "binary",
     "choose_qparams",
     "containers",
@@ -86,6 +87,7 @@ __all__ = [
     "int16",
     "integer",
     "interop",
+    "load_integer",
     "mxfp4",
     "mxfp6_e2m3",
     "mxfp6_e3m2",

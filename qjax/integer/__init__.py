@@ -2,5 +2,6 @@
 
 from qjax.integer._convert import convert
 from qjax.integer._program import IntegerOp, IntegerProgram
+from qjax.integer._saved import SavedProgram, load_integer
 
-__all__ = ["IntegerOp", "IntegerProgram", "convert"]
+__all__ = ["IntegerOp", "IntegerProgram", "SavedProgram", "convert", "load_integer"]

@@ -115,9 +115,16 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
         i - start: jnp.asarray(leaves[i]) for i in range(start, start + count) if traced.graph.inputs[i] in needed
     }
     names = tuple(op.name for op in traced.graph.ops())
-    program = IntegerProgram(prepared, shapes_of(params), stored, floats, points, names)
+    program = IntegerProgram(
+        prepared, shapes_of(params), stored, floats, points, names, shapes_of(_without(whole, prepared))
+    )
     program._describe = lambda program: _ops(traced, program, biases, shapes, recipe.owners)
     return program
+
+
+def _without(whole: tuple[Any, ...], prepared: Prepared) -> tuple[Any, ...]:
+    """The arguments without the parameters."""
+    return (*whole[: prepared.params_argnum], *whole[prepared.params_argnum + 1 :])
 
 
 def _for_each_step(fn: Callable[[Any], Any], depth: int) -> Callable[[Any], Any]:

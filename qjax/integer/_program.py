@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from qjax._quantize import QTensor, quantize
 from qjax._requantize import Kernel
 from qjax._spec import QuantSpec
 from qjax.integer._kernels import accumulate, shifted_codes
+from qjax.integer._saved import save
 from qjax.integer._storage import StoredWeight
 from qjax.transform import _jaxpr
 from qjax.transform._contraction import Contraction, Dot
@@ -153,6 +156,7 @@ class IntegerProgram:
         floats: Mapping[int, jax.Array],
         points: Mapping[str, Point],
         names: tuple[str, ...],
+        signature: tuple[Any, ...] = (),
     ) -> None:
         self._prepared = prepared
         self._params_shape = params_shape
@@ -160,6 +164,7 @@ class IntegerProgram:
         self._stored = dict(stored)
         self.points = dict(points)
         self._names = names
+        self._signature = signature  # shapes of the arguments that it was converted with
         self._describe: Callable[[IntegerProgram], tuple[IntegerOp, ...]] = lambda program: ()
 
     @property
@@ -184,11 +189,43 @@ class IntegerProgram:
         """Return the integer codes of every quantized tensor, by `"op/weight"`, `"op/input"` and `"op/output"`."""
         return self._run(args, keeps_codes=True)[1]
 
+    def save(self, path: str | os.PathLike[str], *args: Any, platforms: Sequence[str] | None = None) -> None:
+        """Write the program to a file that `qjax.load_integer` calls without the function it was made of.
+
+        The file is a ZIP archive of the arrays as they are stored, the StableHLO of the program and of its codes, as
+        `jax.export` makes it, and a JSON that says what the arrays are. It takes its place in one step.
+
+        (`jax.export.export(jax.jit(integer))(x)` works, too, and gives a program with its weights written into it.)
+
+        Args:
+          path: The file to write or replace.
+          *args: Example values or `jax.ShapeDtypeStruct` of the arguments: the loaded program takes arrays of their shapes.
+            A size may be symbolic: `jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 6"), jnp.float32)`. Left out,
+            those that it was converted with are taken. None, bool, int and str are fixed as they are.
+          platforms: Where it is to run, of "cpu", "cuda", "rocm" and "tpu"; None takes where it is saved.
+
+        Raises:
+          TypeError: Arguments or results are other than arrays in dicts, lists and tuples.
+          ValueError: The program has parts that a file cannot hold, such as callbacks.
+          OSError: The file cannot be written.
+        """
+        save(self, path, args or self._signature, platforms)
+
+    def arrays(self) -> Any:
+        """All arrays that the program holds, as a tree: stored weights, qparams, parameters kept in float."""
+        return self._stored, {key: qparams for key, (_, qparams) in self.points.items()}, self._floats
+
+    def with_arrays(self, arrays: Any) -> IntegerProgram:
+        """The same program with other arrays, in the tree that `arrays` returns."""
+        other = copy.copy(self)
+        other._stored, qparams, other._floats = arrays
+        other.points = {key: (spec, qparams[key]) for key, (spec, _) in self.points.items()}
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes that the program holds: codes as they are stored, qparams, and what is kept in float."""
-        leaves = jax.tree.leaves((self._stored, [qparams for _, qparams in self.points.values()], self._floats))
-        return sum(leaf.nbytes for leaf in leaves)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays()))
 
     def _run(self, args: Sequence[Any], *, keeps_codes: bool) -> tuple[Any, dict[str, QTensor]]:
         place = self._prepared.params_argnum

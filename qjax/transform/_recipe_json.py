@@ -109,7 +109,7 @@ def _write_rule(rule: Rule) -> dict[str, Any]:
 
 def _write_role(value: QuantSpec | Quantizer, where: str) -> dict[str, Any]:
     if isinstance(value, QuantSpec):
-        return {"spec": _write_spec(value)}
+        return {"spec": write_spec(value)}
     name = observer_name(type(value))
     what, known = ("observer", _observers()) if isinstance(value, Observer) else ("estimator", _estimators())
     if name is None:
@@ -118,7 +118,7 @@ def _write_role(value: QuantSpec | Quantizer, where: str) -> dict[str, Any]:
             f"read back. Those that can are {', '.join(known)}."
         )
     fields = {f.name: _plain(getattr(value, f.name), where) for f in dataclasses.fields(value) if f.name != "spec"}
-    return {what: {name: fields} if fields else name, "spec": _write_spec(value.spec)}
+    return {what: {name: fields} if fields else name, "spec": write_spec(value.spec)}
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -129,7 +129,7 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"Recipe.to_json: {where}: JSON has no {value!r} of type {type(value).__name__}.")
 
 
-def _write_spec(spec: QuantSpec) -> dict[str, Any]:
+def write_spec(spec: QuantSpec) -> dict[str, Any]:
     written = {"format": _write_format(spec.format)}
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
@@ -245,7 +245,7 @@ def _read_role(value: Any, path: str) -> Role:
     if value is None:
         return None
     fields = _object(value, path, required=("spec",), optional=("observer", "estimator"))
-    spec = _read_spec(fields["spec"], f"{path}.spec")
+    spec = read_spec(fields["spec"], f"{path}.spec")
     given = [what for what in ("observer", "estimator") if what in fields]
     if not given:
         return spec
@@ -259,7 +259,7 @@ def _read_role(value: Any, path: str) -> Role:
     return _make(path, kind, arguments | {"spec": spec})
 
 
-def _read_spec(value: Any, path: str) -> QuantSpec:
+def read_spec(value: Any, path: str) -> QuantSpec:
     optional = [field.name for field in dataclasses.fields(QuantSpec) if field.name != "format"]
     fields = dict(_object(value, path, required=("format",), optional=optional))
     fields["format"] = _read_format(fields["format"], f"{path}.format")
