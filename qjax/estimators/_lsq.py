@@ -89,6 +89,8 @@ class LSQ(Estimator):
         if not self.spec.symmetric:
             low, high = int(self.spec.quant_min), int(self.spec.quant_max)
             return max(low, min(0, high)) if self.zero_point is None else self.zero_point
+        if not self.spec.has_zero_point:
+            return 0
         with jax.ensure_compile_time_eval():
             one = jnp.float32(1)
             return int(choose_qparams(-one, one, self.spec.replace(granularity=PerTensor())).zero_point)

@@ -11,6 +11,7 @@ import qjax
 from qjax import observers
 from qjax._conventions import Convention, Mask, ScaleRule
 from qjax._rounding import ROUNDINGS
+from qjax.estimators import lsq
 
 PRESETS = (
     *(qjax.int16, qjax.uint16, qjax.int8, qjax.uint8, qjax.int4, qjax.uint4, qjax.int2, qjax.uint2, qjax.ternary),
@@ -87,13 +88,23 @@ def observers_of(name, spec):
     return made
 
 
+def estimators_of(spec):
+    """LSQ with its defaults and with other values of its fields."""
+    return [lsq(spec), lsq(spec, gradient_scale="lsq_net", init_scale="max"), lsq(spec, batch_axes=(0, -2))]
+
+
 @st.composite
 def roles(draw):
-    """A spec, an observer or None; of observers that take any spec."""
+    """A spec, an observer, an estimator or None; of observers that take any spec."""
     spec = draw(specs())
-    kind = draw(st.sampled_from(["none", "spec", "min_max", "dynamic", "moving_average_min_max"]))
+    kind = draw(st.sampled_from(["none", "spec", "min_max", "dynamic", "moving_average_min_max", "lsq"]))
     if kind in ("none", "spec"):
         return None if kind == "none" else spec
+    if kind == "lsq":
+        try:
+            return draw(st.sampled_from(estimators_of(spec)))
+        except ValueError:  # a spec without a scale that could be learned
+            return spec
     return draw(st.sampled_from(observers_of(kind, spec)))
 
 

@@ -314,3 +314,38 @@ def test_a_mask_is_also_that_of_a_requantized_output(rng):
         qvars = calibrated(prepared, params, x)
         gradient = jitted(jax.grad(lambda x, p=prepared, q=qvars: p(q, params, x, mode="eval")[0].sum()), x)
         assert np.any(gradient) == passes
+
+
+def test_a_rule_of_its_own_reaches_no_scale_inside(rng):
+    """The author's derivative is evaluated in float, so what is inside stays as calibrated; what is outside is trained."""
+
+    @jax.custom_jvp
+    def inner(x, w):
+        return x @ w
+
+    inner.defjvp(lambda primals, tangents: (inner(*primals), tangents[0] @ primals[1] + primals[0] @ tangents[1]))
+    params, x = {"a": {"w": normal(rng, 6, 6)}, "b": {"w": normal(rng, 6, 5)}}, normal(rng, 8, 6)
+    prepared = qjax.prepare(
+        lambda p, x: inner(x, p["a"]["w"]) @ p["b"]["w"], Recipe([Rule(".*", weight=WEIGHT, input=lsq(O4))])
+    )
+    qvars = calibrated(prepared, params, x)
+    gradient = jitted(
+        jax.grad(lambda p: weighted_sum(prepared(qvars._replace(params=p), params, x, mode="train")[0])), qvars.params
+    )
+    reached = {key: bool(np.any(leaf["scale"])) for key, leaf in gradient.items()}
+    assert reached == {"a/input": False, "a/weight": False, "b/input": True, "b/weight": True}
+
+
+def test_vmap_over_examples_and_over_ensembles_of_scales(rng):
+    params, x = {"w": normal(rng, 6, 5)}, normal(rng, 4, 8, 6)
+    prepared = qjax.prepare(lambda p, x: x @ p["w"], Recipe([Rule(".*", weight=WEIGHT, input=lsq(O4))]))
+    qvars = calibrated(prepared, params, x[0])
+    many = jax.tree.map(lambda s: jnp.stack([s, 2 * s, 0.7 * s, 1.3 * s]), qvars.params)
+
+    def gradient(learned, x):
+        return jax.grad(lambda p: weighted_sum(prepared(qvars._replace(params=p), params, x, mode="train")[0]))(learned)
+
+    got = jax.jit(jax.vmap(gradient))(many, x)
+    for i in range(4):
+        own, want = jax.tree.map(lambda s, i=i: s[i], (got, many))
+        assert_trees_close(own, jitted(gradient, want, x[i]), 1e-5)
