@@ -13,21 +13,8 @@ import qjax
 from qjax import Recipe, Rule, observers
 from tests.transform.models import add_bias, avg_pool, conv, max_pool
 
-WEIGHTS = [
-    qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(-1)),
-    qjax.QuantSpec(qjax.int8, symmetric=True),
-    qjax.QuantSpec(qjax.Int(8, narrow=True), symmetric=True, granularity=qjax.PerChannel(-1)),
-    qjax.QuantSpec(qjax.int4, symmetric=True, granularity=qjax.PerChannel(-1)),
-    qjax.QuantSpec(qjax.int8, symmetric=False),
-]
-ACTIVATIONS = [
-    qjax.QuantSpec(qjax.uint8),
-    qjax.QuantSpec(qjax.uint8, reduce_range=True),
-    qjax.QuantSpec(qjax.uint8, symmetric=True, convention="torch_real"),
-    qjax.QuantSpec(qjax.int8),
-    qjax.QuantSpec(qjax.int8, symmetric=True),
-    qjax.QuantSpec(qjax.uint4),
-]
+ENGINES = ["fbgemm", "onednn", "qnnpack", "x86", "exact"]
+WIDE = 660  # so many products of 8 bits may pass 2^24, where float32 sums end to be exact; a third of them cannot
 BETWEEN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "none": lambda x: x,
     "relu": jax.nn.relu,
@@ -48,7 +35,7 @@ BETWEEN: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Layer:
     """A dense layer or a convolution, and what follows it."""
 
-    kind: str  # "conv", "depthwise", "grouped" or "dense"
+    kind: str  # "conv", "depthwise", "grouped", "dense", "einsum" or "wide", a dense layer with many inputs
     outputs: int
     bias: str  # "none", "channel" or "scalar"
     between: tuple[str, ...]
@@ -82,6 +69,12 @@ class Network:
             name, inputs = f"{layer.kind}_{i}", x
             if layer.kind == "dense":
                 x = x @ param(name, "w", (x.shape[-1], layer.outputs))
+            elif layer.kind == "einsum":  # the weight's outputs in front, and a result in another order
+                w = param(name, "w", (layer.outputs, x.shape[-1]))
+                x = jnp.einsum("bhwi,oi->bowh", x, w).transpose(0, 3, 2, 1)
+            elif layer.kind == "wide":  # more products than float32 sums exactly, at 8 bits
+                x = jnp.tile(x, -(-WIDE // x.shape[-1]))[..., : layer.kernel * WIDE // 3]
+                x = x @ param(name, "w", (x.shape[-1], layer.outputs))
             else:
                 groups = {"conv": 1, "depthwise": x.shape[-1], "grouped": 2 if x.shape[-1] % 2 == 0 else 1}[layer.kind]
                 shape = (layer.kernel, layer.kernel, x.shape[-1] // groups, groups * layer.outputs)
@@ -102,9 +95,9 @@ class Network:
 
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
-    kind = draw(st.sampled_from(["conv", "depthwise", "grouped", "dense"]))
+    kind = draw(st.sampled_from(["conv", "depthwise", "grouped", "dense", "einsum", "wide"]))
     geometry: dict[str, Any] = {}
-    if kind != "dense":
+    if kind in ("conv", "depthwise", "grouped"):
         geometry["strides"] = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
         geometry["padding"] = draw(st.sampled_from(["SAME", ((1, 2), (2, 1)), "VALID"]))
         geometry["rhs_dilation"] = draw(st.sampled_from([(1, 1), (1, 2)]))
@@ -122,9 +115,30 @@ def layers(draw: st.DrawFn) -> Layer:
 
 
 @st.composite
+def weight_specs(draw: st.DrawFn) -> qjax.QuantSpec:
+    signed, narrow = draw(st.sampled_from([(True, False), (True, False), (True, True), (False, False)]))
+    return qjax.QuantSpec(
+        qjax.Int(draw(st.integers(2, 8)), signed=signed, narrow=narrow),
+        symmetric=draw(st.booleans()),
+        granularity=draw(st.sampled_from([qjax.PerTensor(), qjax.PerChannel(-1), qjax.PerChannel("output")])),
+    )
+
+
+@st.composite
+def activation_specs(draw: st.DrawFn) -> qjax.QuantSpec:
+    bits = draw(st.integers(2, 8))
+    return qjax.QuantSpec(
+        qjax.Int(bits, signed=draw(st.booleans())),
+        symmetric=draw(st.booleans()),
+        reduce_range=draw(st.booleans()) and bits > 2,
+        convention=draw(st.sampled_from(["torch_fake", "torch_real"])),
+    )
+
+
+@st.composite
 def recipes(draw: st.DrawFn, network: Network) -> Recipe:
-    weight = draw(st.sampled_from(WEIGHTS))
-    specs = [observers.min_max(draw(st.sampled_from(ACTIVATIONS))) for _ in range(2)]
+    weight = draw(weight_specs())
+    specs = [observers.min_max(draw(activation_specs())) for _ in range(2)]
     style = draw(st.sampled_from(["input", "output", "both"]))
     rule = Rule(
         ".*",
@@ -139,6 +153,6 @@ def recipes(draw: st.DrawFn, network: Network) -> Recipe:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Network, Recipe, int]:
-    network = Network(tuple(draw(st.lists(layers(), min_size=1, max_size=3))))
-    return network, draw(recipes(network)), draw(st.integers(0, 2**16))
+def cases(draw: st.DrawFn, max_layers: int = 3) -> tuple[Network, Recipe, str, int]:
+    network = Network(tuple(draw(st.lists(layers(), min_size=1, max_size=max_layers))))
+    return network, draw(recipes(network)), draw(st.sampled_from(ENGINES)), draw(st.integers(0, 2**16))

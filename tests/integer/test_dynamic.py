@@ -30,7 +30,9 @@ def converted(fn, recipe, params, x, **options):
     return prepared, qvars, qjax.convert(prepared, qvars, params)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("symmetric", "affine") else pytest.mark.long) for name in SPECS]
+)
 def test_codes_and_floats_of_mode_eval(rng, name):
     params, x = mlp_params(rng), normal(rng, 3, 5, 6)
     prepared, qvars, program = converted(mlp, dynamic_recipe(SPECS[name]), params, x)

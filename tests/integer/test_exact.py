@@ -19,6 +19,7 @@ from tests.transform.models import (
     cnn_params,
     conv,
     evaluated,
+    jitted,
     max_pool,
     mismatches,
     normal,
@@ -27,25 +28,38 @@ from tests.transform.models import (
 )
 
 
-@pytest.mark.long
-@hypothesis.settings(max_examples=12)
-@hypothesis.given(case=cases())
-def test_random_networks(case):
-    network, recipe, seed = case
+def check_random_network(case):
+    network, recipe, engine, seed = case
     rng = np.random.default_rng(seed)
     x = normal(rng, 3, 8, 8, 2)
     params = network.init(rng, x)
-    prepared = qjax.prepare(network, recipe)
+    prepared = qjax.prepare(network, recipe, engine=engine)
     qvars = calibrated(prepared, params, x)
     program = qjax.convert(prepared, qvars, params)
     beyond = 2.0 * normal(rng, 5, 8, 8, 2)  # another batch size, and values outside the range
-    evaluate = jax.jit(lambda x: (prepared(qvars, params, x, mode="eval")[0], prepared.codes(qvars, params, x)))
-    out, predicted = evaluate(beyond)
+
+    def evaluate(qvars, params, x):
+        return prepared(qvars, params, x, mode="eval")[0], prepared.codes(qvars, params, x)
+
+    out, predicted = jitted(evaluate, qvars, params, beyond)
     integer_out, computed = jax.jit(lambda x: (program(x), program.codes(x)))(beyond)
     different, total = mismatches(predicted, computed)
     hypothesis.note(f"{different} of {total} codes differ")
     assert different == 0
     np.testing.assert_array_equal(out, integer_out)
+
+
+@hypothesis.settings(max_examples=3)
+@hypothesis.given(case=cases(max_layers=1))
+def test_random_layers(case):
+    check_random_network(case)
+
+
+@pytest.mark.long
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(case=cases())
+def test_random_networks(case):
+    check_random_network(case)
 
 
 @pytest.mark.long
@@ -122,8 +136,11 @@ def test_exact_halves_on_every_way_to_the_next_op(rng, path, dtype):
     assert len(np.unique(predicted["second/input"].codes)) > 4
 
 
-@pytest.mark.parametrize("size", [518, 519, 1040, 3000])
-def test_both_sides_of_the_bound_of_exact_float32_sums(rng, size):
+@pytest.mark.parametrize(
+    ("size", "engine"),
+    [(518, "fbgemm"), (519, "qnnpack"), (1040, "exact"), (3000, "fbgemm"), (3000, "qnnpack"), (3000, "exact")],
+)
+def test_both_sides_of_the_bound_of_exact_float32_sums(rng, size, engine):
     """All codes near their limits: the sums pass 2^24, where a float32 accumulator would drop bits."""
     params = {"first": {"w": jnp.asarray(rng.uniform(0.95, 1.0, (size, 3)), jnp.float32), "b": normal(rng, 3)}}
 
@@ -132,7 +149,7 @@ def test_both_sides_of_the_bound_of_exact_float32_sums(rng, size):
 
     x = jnp.asarray(rng.uniform(0.97, 1.0, (16, size)), jnp.float32)
     recipe = Recipe([Rule(".*", weight=W8, input=observers.min_max(A8), output=observers.min_max(A8))])
-    prepared = qjax.prepare(fn, recipe)
+    prepared = qjax.prepare(fn, recipe, engine=engine)
     qvars = calibrated(prepared, params, x)
     program = qjax.convert(prepared, qvars, params)
     predicted = jax.jit(prepared.codes)(qvars, params, x)
