@@ -1,4 +1,4 @@
-"""A Linen ResNet with batch norm reads digits in 8 bits: running averages and ranges are updated in one training step.
+"""A Linen ResNet reads digits in 8 bits, its batch norms folded; running averages and ranges are updated in one step.
 
 python -m examples.resnet_linen
 """
@@ -43,7 +43,9 @@ def main():
     images, test_images = images[..., None], test_images[..., None]
     model = ResNet()
 
-    q = qjax.flax.linen.prepare(model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1))
+    # What is quantized is each weight with its batch norm folded in, in training too, as in torch's ConvBn modules.
+    recipe = qjax.recipes.torch_qat("onednn", averaging_constant=0.1, batch_norm="fold_if_present")
+    q = qjax.flax.linen.prepare(model, recipe)
     variables = jax.jit(q.init)(jax.random.key(0), images[:1])  # params, batch_stats and quant
     print(q.ops(variables, images[:1]), end="\n\n")
 

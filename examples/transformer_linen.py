@@ -48,7 +48,10 @@ def main():
     train, test, alphabet = text()
     model = Transformer(alphabet)
 
-    q = qjax.flax.linen.prepare(model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1))
+    # torch's recipe leaves embeddings in float; this rule gives each row of the table a scale.
+    table = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel("output"))
+    embedding = qjax.Recipe([qjax.Rule("Embed_0", weight=table)])
+    q = qjax.flax.linen.prepare(model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1) + embedding)
     variables = jax.jit(q.init)(jax.random.key(0), train[:1, :-1])
     print(q.ops(variables, train[:1, :-1]), end="\n\n")
 

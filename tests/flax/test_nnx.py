@@ -230,6 +230,32 @@ def test_learned_scales_are_params(net):
     )
 
 
+@pytest.mark.long
+def test_folded_batch_norms(rng):
+    """Running averages are no weights, and still go into the weight that is quantized; they move as in the float module."""
+
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(4, momentum=0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.relu(self.norm(self.conv(x)))
+
+    recipe = qjax.Recipe([qjax.Rule("conv", weight=W8, input=qjax.observers.min_max(A8), batch_norm="fold")])
+    x = normal(rng, 4, 6, 6, 2)
+    q = prepare(Normed(nnx.Rngs(0)), recipe, x)
+    assert [op.epilogue for op in q.ops(x)] == ["batch_norm, relu"]
+    for _ in range(3):
+        call(q, x)
+    mean = q.module.norm.mean.get_value()
+    np.testing.assert_allclose(mean, 0.875 * jitted(lambda x: q.module.conv(x).mean((0, 1, 2)), x), atol=0.01)
+    q.eval()
+    want = call(q, x)
+    np.testing.assert_array_equal(jitted(q.convert(x), x), want)
+    np.testing.assert_allclose(want, nnx.jit(lambda m, x: m(x))(q.module, x), atol=0.05)
+
+
 def test_conversion(net, rng):
     q, x = net
     call(q, x)  # a training step, so that running averages are no longer 0 and 1
