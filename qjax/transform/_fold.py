@@ -110,6 +110,8 @@ class _Folder:
             broadcasts=dict(graph.broadcasts),
             sliced_by=dict(graph.sliced_by),
             fixed=set(graph.fixed),
+            derived=set(graph.derived),
+            orders=dict(graph.orders),
             constants=list(graph.constants),
         )
         for node in graph.nodes:
@@ -147,7 +149,7 @@ class _Folder:
             return layout.times(weight, factor), layout.for_result(bias)
 
         weight, bias = self._splice(new, finder, fold, [_weight(node, op), *present.values()])
-        new.learn(weight, new.known(_weight(node, op)))
+        new.learn(weight, new.known(_weight(node, op))._replace(order=None))
         # An epilogue adds a parameter. This one is named after what it is made of.
         known = [new.known(operand) for operand in (norm.bias, norm.mean) if operand is not None]
         new.learn(bias, next((each for each in known if each.path is not None), new.known(weight)))
@@ -176,7 +178,7 @@ class _Folder:
 
         operands = [_weight(node, op), norm.running_var, norm.scale]
         weight, factor = self._splice(new, finder, fold, [value for value in operands if value is not None])
-        new.learn(weight, new.known(_weight(node, op)))
+        new.learn(weight, new.known(_weight(node, op))._replace(order=None))
         result = self._add_op(new, finder, node, op, weight)
         self._splice(new, finder, unfold, [result, factor], into=node.outputs[0])
 
@@ -185,7 +187,8 @@ class _Folder:
         result = self._builder.new()
         finder.avals[result] = node.eqn.outvars[0].aval
         inputs = tuple(weight if i == op.weight else value for i, value in enumerate(node.inputs))
-        new.nodes.append(dataclasses.replace(node, inputs=inputs, outputs=(result,)))
+        folded = dataclasses.replace(op, order=None)  # its weight is not the parameter as it is any more
+        new.nodes.append(dataclasses.replace(node, inputs=inputs, outputs=(result,), op=folded))
         return result
 
     def _splice(

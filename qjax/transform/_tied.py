@@ -67,7 +67,8 @@ def _of_leaf(op: Op, quantizer: Quantizer | None) -> Quantizer | None:
     if op.order is None:
         raise RecipeError(
             f"{op.name} is tied, but what it sees of {'/'.join(op.path or ())} is more than a transposed or cast parameter: it "
-            "is reshaped, sliced (by a scan, perhaps) or put together of several. Use tied=False for it."
+            "is reshaped, sliced (by a scan, perhaps), put together of several, or a batch norm is folded into it. Use "
+            "tied=False for it."
         )
     if quantizer is None:
         return None

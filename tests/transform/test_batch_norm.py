@@ -543,3 +543,14 @@ def test_rules_for_norms_and_derived_weights(rng):
     for train in (False, True):
         got = jitted(lambda *args: floats(qjax.QuantVars({}, {}), *args)[0], params, x, train)
         assert_trees_close(got, jitted(fn, params, x, train), rtol=5e-6)
+
+
+def test_a_weight_that_is_folded_cannot_be_tied(rng):
+    params, x = layer_params(rng, 3, 3, 2, 2), normal(rng, 4, 5, 5, 2)
+
+    def fn(p, x):
+        return conv(layer(p, x, False)[0], p["op"]["w"])
+
+    recipe = Recipe([Rule(".*", weight=W8, tied=True), Rule("op", weight=W8, tied=True, batch_norm="fold")])
+    with pytest.raises(RecipeError, match=r"op is tied, but .* a batch norm is folded into it"):
+        qjax.prepare(fn, recipe).init(params, x)
