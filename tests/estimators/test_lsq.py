@@ -106,8 +106,9 @@ def lsq_net(torch, x, scale, low, high, factor):
     return ((q.round() - q).detach() + q) * s
 
 
-@pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
-@pytest.mark.parametrize("gradient_scale", ["paper", "lsq_net", "none"])
+@pytest.mark.parametrize(
+    ("gradient_scale", "per_channel"), [("paper", False), ("paper", True), ("lsq_net", True), ("none", False)]
+)
 def test_torch_agrees(rng, per_channel, gradient_scale):
     torch = pytest.importorskip("torch")
     x = rng.normal(size=(6, 5, 4)).astype(np.float32)
@@ -121,8 +122,8 @@ def test_torch_agrees(rng, per_channel, gradient_scale):
     out.backward(torch.tensor(cotangent, dtype=torch.float64))
     spec = INT3.replace(granularity=PerChannel(1) if per_channel else PerTensor())
     fn = lambda x, s: lsq_fake_quantize(x, s, spec, gradient_scale=gradient_scale)  # noqa: E731
-    value, vjp = jax.vjp(fn, jnp.asarray(x), jnp.asarray(s))
-    dx, ds = vjp(jnp.asarray(cotangent))
+    both = jax.jit(lambda x, s, g: (lambda value, vjp: (value, *vjp(g)))(*jax.vjp(fn, x, s)))
+    value, dx, ds = both(x, jnp.asarray(s), cotangent)
     np.testing.assert_allclose(value, out.detach().numpy(), rtol=1e-6)
     np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=1e-6)
     np.testing.assert_allclose(ds, ts.grad.numpy(), rtol=1e-5, atol=1e-5 * float(np.abs(ts.grad.numpy()).max()))
@@ -139,7 +140,7 @@ def test_finite_differences_where_the_function_is_smooth(rng):
     np.testing.assert_allclose(((up - down) / (2 * h))[smooth], slope[smooth], atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.long)], ids=str)
 def test_dtypes_jit_and_vmap(rng, dtype):
     spec, options = INT3.replace(granularity=PerChannel(-1)), {"batch_axes": (0,)}
     x = jnp.asarray(rng.normal(size=(3, 6, 4)), dtype)
@@ -168,15 +169,16 @@ def test_groups_have_a_scale_each(rng):
     x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
     spec = INT3.replace(granularity=PerGroup(-1, 4))
     estimator = lsq(spec)
-    variables = estimator.update(estimator.init(x), x)
+    variables = jax.jit(lambda x: estimator.update(estimator.init(x), x))(x)
     groups = np.asarray(x).reshape(4, 2, 4)
     np.testing.assert_allclose(variables.params["scale"], 2 * np.abs(groups).mean(axis=-1) / np.sqrt(3), rtol=1e-6)
-    gradient = jax.grad(lambda p: estimator.fake_quantize(variables._replace(params=p), x).sum())(variables.params)
+    total = lambda p, x: estimator.fake_quantize(variables._replace(params=p), x).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(total))(variables.params, x)
     scale = np.asarray(variables.params["scale"])[..., None]
     want = closed_form(groups, scale, (-4, 3), 1 / math.sqrt(4 * 3))[2].sum(axis=-1)
     np.testing.assert_allclose(gradient["scale"], want, rtol=1e-4, atol=1e-5)
     padded = lsq(spec.replace(granularity=PerGroup(-1, 3, pad=True)))
-    mean = padded.update(padded.init(x), x).state.mean_abs[:, -1]  # a group of two
+    mean = jax.jit(lambda x: padded.update(padded.init(x), x).state.mean_abs[:, -1])(x)  # a group of two
     np.testing.assert_allclose(mean, np.abs(x[:, 6:]).mean(axis=-1), rtol=1e-6)
 
 
@@ -236,8 +238,7 @@ def test_other_formats_and_conventions(rng):
     for spec in (
         QuantSpec(qjax.e2m1),
         QuantSpec(qjax.nf4),
-        INT3.replace(convention="brevitas"),
-        QuantSpec(qjax.uint4, symmetric=True),
+        QuantSpec(qjax.uint4, symmetric=True, convention="brevitas"),
         INT3.replace(convention="modelopt"),
     ):
         q = qjax.quantize(x, lsq(spec).qparams(EstimatorVars({"scale": s}, None)), spec)
@@ -245,7 +246,7 @@ def test_other_formats_and_conventions(rng):
         np.testing.assert_allclose(value, q.dequantize(), rtol=1e-6)
         r = np.asarray(x / s)
         np.testing.assert_allclose(ds, q.dequantize() / s - np.where(dx == 1, r, 0), atol=1e-5)
-        middle = 7 if spec.format == qjax.uint4 else 0  # the zero_point
+        middle = int(q.zero_point)
         np.testing.assert_array_equal(dx, (r >= spec.quant_min - middle) & (r <= spec.quant_max - middle))
 
 

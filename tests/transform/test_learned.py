@@ -69,8 +69,8 @@ def perturbed(rng, learned):
     [
         pytest.param(LSQ3, "codes", "train", id="weight, input-codes-train"),
         pytest.param(WITH_OUTPUTS, "codes", "train", id="outputs, too-codes-train"),
-        pytest.param(WITH_OUTPUTS, "codes", "eval", id="outputs, too-codes-eval"),
-        pytest.param(WITH_OUTPUTS, "dequantized", "train", id="outputs, too-dequantized-train"),
+        pytest.param(WITH_OUTPUTS, "codes", "eval", id="outputs, too-codes-eval", marks=pytest.mark.long),
+        pytest.param(WITH_OUTPUTS, "dequantized", "train", id="outputs, too-dequantized-train", marks=pytest.mark.long),
     ],
 )
 def test_gradients_are_those_of_the_network_by_hand(rng, recipe, compute, mode):
@@ -120,12 +120,10 @@ def test_a_layer_in_a_scan_has_a_scale_of_its_own(rng):
     qvars = calibrated(prepared, params, x)
     assert qvars.params["layers/weight"]["scale"].shape == (3, 6)
     assert qvars.params["layers/input"]["scale"].shape == (3,)
-    h = x  # calibration sets the scale of each step from what that step saw, in float
+    h, own = x, lsq(O4)  # calibration sets the scale of each step from what that step saw, in float
+    scale_of = jax.jit(lambda h: own.update(own.init(h), h).params["scale"])
     for i in range(3):
-        own = lsq(O4)
-        np.testing.assert_allclose(
-            qvars.params["layers/input"]["scale"][i], own.update(own.init(h), h).params["scale"], rtol=1e-6
-        )
+        np.testing.assert_allclose(qvars.params["layers/input"]["scale"][i], scale_of(h), rtol=1e-6)
         h = jnp.tanh(dense(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), h))
 
     def by_hand(params, learned, h):
@@ -249,8 +247,8 @@ def test_params_are_a_tree_for_an_optimizer_and_calibration_sets_them(rng):
 
 
 def test_nothing_is_trained_from_placeholders_unnoticed(rng):
-    params, x = mlp_params(rng), normal(rng, 16, 6)
-    prepared = qjax.prepare(mlp, LSQ3)
+    params, x = {"w": normal(rng, 6, 5)}, normal(rng, 16, 6)
+    prepared = qjax.prepare(lambda p, x: x @ p["w"], LSQ3)
     empty = prepared.init(params, x)
     for mode in ("train", "eval"):
         with pytest.raises(ValueError, match=r"observed nothing, .* Run some batches with mode=\"calibrate\" first"):
@@ -275,22 +273,21 @@ def test_variables_of_another_recipe_are_refused(rng):
 
 def test_eval_and_the_integer_program_use_the_trained_scales(rng):
     params, x = mlp_params(rng), normal(rng, 64, 6)
-    for recipe in (LSQ3, WITH_OUTPUTS):
-        prepared = qjax.prepare(mlp, recipe)
-        qvars = calibrated(prepared, params, x)
-        qvars = qvars._replace(params=perturbed(rng, qvars.params))
-        codes = jitted(prepared.codes, qvars, params, x)
-        integer = qjax.convert(prepared, qvars, params)
-        assert mismatches(codes, jitted(integer.codes, x)) == (0, sum(q.codes.size for q in codes.values()))
-        np.testing.assert_array_equal(
-            jitted(lambda *a, p=prepared: p(*a, mode="eval")[0], qvars, params, x), jitted(integer, x)
-        )
-        taken = {"second/input": "first/output"} if recipe is WITH_OUTPUTS else {}
-        for key, q in codes.items():
-            scale = qvars.params[taken.get(key, key)]["scale"]
-            np.testing.assert_array_equal(q.scale, np.abs(scale), err_msg=key)
-        want = qjax.quantize(params["first"]["w"], codes["first/weight"].qparams, W3)
-        np.testing.assert_array_equal(codes["first/weight"].codes, want.codes)
+    prepared = qjax.prepare(mlp, WITH_OUTPUTS)
+    qvars = calibrated(prepared, params, x)
+    qvars = qvars._replace(params=perturbed(rng, qvars.params))
+    codes = jitted(prepared.codes, qvars, params, x)
+    integer = qjax.convert(prepared, qvars, params)
+    assert mismatches(codes, jitted(integer.codes, x)) == (0, sum(q.codes.size for q in codes.values()))
+    np.testing.assert_array_equal(
+        jitted(lambda *a, p=prepared: p(*a, mode="eval")[0], qvars, params, x), jitted(integer, x)
+    )
+    taken = {"second/input": "first/output"}
+    for key, q in codes.items():
+        scale = qvars.params[taken.get(key, key)]["scale"]
+        np.testing.assert_array_equal(q.scale, np.abs(scale), err_msg=key)
+    want = qjax.quantize(params["first"]["w"], codes["first/weight"].qparams, W3)
+    np.testing.assert_array_equal(codes["first/weight"].codes, want.codes)
 
 
 def test_a_recipe_with_estimators_prints_and_survives_json(rng):
@@ -336,6 +333,7 @@ def test_a_rule_of_its_own_reaches_no_scale_inside(rng):
     assert reached == {"a/input": False, "a/weight": False, "b/input": True, "b/weight": True}
 
 
+@pytest.mark.long
 def test_vmap_over_examples_and_over_ensembles_of_scales(rng):
     params, x = {"w": normal(rng, 6, 5)}, normal(rng, 4, 8, 6)
     prepared = qjax.prepare(lambda p, x: x @ p["w"], Recipe([Rule(".*", weight=WEIGHT, input=lsq(O4))]))

@@ -45,8 +45,8 @@ def start(seed):
     }
 
 
-def train(prepared, params, qvars, data, *, learns):
-    """The same steps with the scales trained, or kept where calibration put them."""
+def trainer(prepared, qvars, data):
+    """The steps, with the scales trained, or kept where calibration put them."""
     x, y = data
     optimizer = optax.adam(5e-3)
     order = jnp.asarray(np.random.default_rng(1).integers(0, len(x), (STEPS, BATCH)))
@@ -57,21 +57,18 @@ def train(prepared, params, qvars, data, *, learns):
         return cross_entropy(out, y[batch])
 
     def step(carry, batch):
-        trainable, opt_state = carry
+        trainable, opt_state, learns = carry
         value, gradient = jax.value_and_grad(loss)(trainable, batch)
-        if not learns:
-            gradient = (gradient[0], jax.tree.map(jnp.zeros_like, gradient[1]))
+        gradient = (gradient[0], jax.tree.map(lambda g: learns * g, gradient[1]))
         updates, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(trainable, updates), opt_state), value
+        return (optax.apply_updates(trainable, updates), opt_state, learns), value
 
     @jax.jit
-    def run(trainable):
-        (trainable, _), losses = jax.lax.scan(step, (trainable, optimizer.init(trainable)), order)
+    def run(trainable, learns):
+        (trainable, *_), losses = jax.lax.scan(step, (trainable, optimizer.init(trainable), learns), order)
         return trainable, losses
 
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
-        (params, learned), losses = run((params, qvars.params))
-    return params, qvars._replace(params=learned), np.asarray(losses)
+    return run
 
 
 def test_learned_scales_beat_frozen_ones_and_deploy():
@@ -79,13 +76,18 @@ def test_learned_scales_beat_frozen_ones_and_deploy():
     params = start(0)
     prepared = qjax.prepare(network, RECIPE)
     qvars = jitted(lambda p, x: prepared(prepared.init(p, x), p, x, mode="calibrate")[1], params, data[0])
-    final = {}
+    final, run = {}, trainer(prepared, qvars, data)
+    evaluate = jax.jit(lambda learned, p, x: prepared(qvars._replace(params=learned), p, x, mode="eval")[0])
     for learns in (True, False):
-        trained, after, losses = train(prepared, params, qvars, data, learns=learns)
-        codes = jitted(prepared.codes, after, trained, test_x)
-        integer = qjax.convert(prepared, after, trained, test_x)
-        assert mismatches(codes, jitted(integer.codes, test_x))[0] == 0
-        logits = jitted(integer, test_x)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
+            (trained, learned), losses = run((params, qvars.params), jnp.float32(learns))
+        after, losses = qvars._replace(params=learned), np.asarray(losses)
+        logits = evaluate(learned, trained, test_x)
+        if learns:
+            codes = jitted(prepared.codes, after, trained, test_x)
+            integer = qjax.convert(prepared, after, trained, test_x)
+            assert mismatches(codes, jitted(integer.codes, test_x))[0] == 0
+            np.testing.assert_array_equal(jitted(integer, test_x), logits)
         assert float((logits.argmax(axis=1) == test_y).mean()) > 0.88
         final[learns] = losses[-20:].mean(), float(cross_entropy(logits, test_y)), after
     for key, start_, moved in ((k, qvars.params[k], final[True][2].params[k]) for k in qvars.params):
