@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from qjax._quantize import QTensor, quantize
 from qjax.estimators import Estimator
@@ -59,6 +60,8 @@ class Collector(IntegerInterpreter):
         for name, epilogue in graph.epilogues.items():
             if epilogue.bias is not None and epilogue.bias in node.inputs and name not in self.biases:
                 bias = to_real(env[epilogue.bias])
+                if bias is ABSENT:  # each shard has a part of it
+                    continue
                 if epilogue.bias in graph.broadcasts:
                     source, dimensions = graph.broadcasts[epilogue.bias]
                     bias = thin(to_real(env[source]), dimensions, bias.ndim)
@@ -76,12 +79,31 @@ class Collector(IntegerInterpreter):
         values = [ABSENT if i in carried and i not in _jaxpr.unchanged(node.eqn) else v for i, v in enumerate(values)]
         if kind == "scan":
             self._scan(node, values)
+        elif kind == "shard_map":
+            self._shard_map(node, values)
         elif kind in ("cond", "while"):
             for body, operands in node.calls(values):
                 self.run(body, operands)
         else:
             return super()._call(node, values)
         return [ABSENT] * len(node.outputs)
+
+    def _shard_map(self, node: Node, values: list[Value]) -> None:
+        """Weights are whole on every shard; what is sharded is none."""
+        parts = _jaxpr.shard_map(node.eqn)
+        values = [ABSENT if i in parts.sharded else value for i, value in enumerate(values)]
+        present, restore = hide_absent(values)
+
+        def collect(present: list[jax.Array], state: dict[str, Any]) -> _Found:
+            inner = Collector(self._plan, state)
+            inner.run(node.bodies[0], restore(present))
+            return _Found(inner.weights, inner.biases)
+
+        whole, axes = PartitionSpec(), set(parts.axes)
+        specs = {"in_specs": whole, "out_specs": whole, "axis_names": axes, "check_vma": False}
+        found = jax.shard_map(collect, mesh=parts.mesh, **specs)(present, dict(self._state))
+        self.weights.update(found.weights)
+        self.biases.update(found.biases)
 
     def _scan(self, node: Node, values: list[Value]) -> None:
         """Weights that the scan slices are quantized step by step; those that the steps share, as in the first one."""

@@ -25,6 +25,7 @@ from qjax.transform._grouped import Groups, grouped_dot
 from qjax.transform._interpret import Interpreter, Plan, quantize_dynamically, row_codes
 from qjax.transform._prepare import Prepared
 from qjax.transform._quantizer import Quantizer
+from qjax.transform._sharded import update
 from qjax.transform._tied import Tied
 from qjax.transform._trace import Graph, Node, Op, operand_role
 from qjax.transform._values import ABSENT, Accumulated, Quantized, Value, dequantize_unfused, to_real
@@ -79,9 +80,8 @@ class IntegerInterpreter(Interpreter):
         spec = observer.spec
         if observer.dynamic:
             real = to_real(value)
-            codes, _, qparams = quantize_dynamically(
-                real, observer, observer.update(observer.init(real), real), kernel, f"integer program ({key})"
-            )
+            state, _ = update(observer, observer.init(real), real, self._plan.shards, key)
+            codes, _, qparams = quantize_dynamically(real, observer, state, kernel, f"integer program ({key})")
             return Quantized(None, codes, qparams, spec, key, real.dtype)
         qparams = self._state[key]
         if isinstance(value, Accumulated) and spec.is_deployed:
@@ -125,7 +125,7 @@ class IntegerInterpreter(Interpreter):
         return super()._equation(graph, node, values, env)
 
     def _call(self, node: Node, values: list[Value]) -> Sequence[Value]:
-        if _jaxpr.call_kind(node.eqn) in ("scan", "cond", "while"):
+        if _jaxpr.call_kind(node.eqn) in ("scan", "cond", "while", "shard_map"):
             return super()._call(node, values)
         # There is nothing to differentiate, so a remat or a call with a rule of its own is evaluated in place.
         ((body, operands),) = node.calls(values)

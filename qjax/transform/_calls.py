@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from qjax._quantize import QTensor
 from qjax.transform import _jaxpr
@@ -50,6 +51,8 @@ def evaluate(
         match kind:
             case "scan":
                 return _scan(node, values, states, run, moving)
+            case "shard_map":
+                return _shard_map(node, values, states, run, moving)
             case "cond":
                 return _cond(node, values, states, run, moving, keeps_codes)
             case "while":
@@ -125,6 +128,29 @@ def _scan(node: Node, values: Sequence[Value], states: States, run: Run, moving:
     for key in [key for key in codes if key.endswith("/weight") and op_of(key) not in node.per_step]:
         codes[key] = jax.tree.map(first_slice, codes[key])  # all steps have the same
     return Outcome([*restore_carries(carries), *restore_stacked[-1](stacked)], {**carried, **own}, codes)
+
+
+def _shard_map(node: Node, values: Sequence[Value], states: States, run: Run, moving: Container[str]) -> Outcome:
+    """States are whole on every shard, before and after; codes are stacked by shard."""
+    parts = _jaxpr.shard_map(node.eqn)
+    present, restore = hide_absent([to_real(value) for value in values])
+    specs = [spec for spec, value in zip(parts.in_specs, values, strict=True) if value is not ABSENT]
+
+    def call(present: list[Any], states: States) -> Any:
+        outcome = run(node.bodies[0], restore(present), states)
+        codes = jax.tree.map(lambda leaf: leaf[None], outcome.codes)
+        return _reals(outcome), _updated(states, outcome, moving), codes
+
+    whole, stacked = PartitionSpec(), PartitionSpec(parts.axes)
+    mapped = jax.shard_map(
+        call,
+        mesh=parts.mesh,
+        in_specs=(specs, whole),
+        out_specs=(list(parts.out_specs), whole, stacked),
+        axis_names=set(parts.axes),
+        check_vma=parts.check_vma,
+    )
+    return Outcome(*mapped(present, dict(states)))
 
 
 def first_slice(stacked: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from qjax.transform._hoist import early_quantizers
 from qjax.transform._product import multiply, multiply_exactly, scales_of
 from qjax.transform._quantizer import Quantizer, check_kind, estimate, nan_unless_calibrated, observes, quantize_by
 from qjax.transform._recipe import BoundRecipe
+from qjax.transform._sharded import ON_ONE_DEVICE, Shards, update
 from qjax.transform._tied import Tied
 from qjax.transform._trace import Constant, Graph, Node, Op, operand_role
 from qjax.transform._values import (
@@ -52,6 +53,7 @@ class Plan:
     compute: Compute
     engine: Engines = "fbgemm"  # whose arithmetic mode "eval" predicts
     keeps_codes: bool = False  # whether the codes are asked for; a loop has to stack them
+    shards: Shards = ON_ONE_DEVICE  # the shard_map that a body stands in
 
 
 class State(dict[str, Any]):
@@ -279,9 +281,9 @@ class Interpreter:
         state = observer.init(real) if mode == "init" else self._state[key]
         check_kind(key, observer, state)
         if observes(observer, mode):
-            state = self.updates[key] = observer.update(state, real)
+            state, self.updates[key] = update(observer, state, real, self._plan.shards, key)
         elif observer.dynamic and mode == "eval":
-            state = observer.update(state, real)
+            state, _ = update(observer, state, real, self._plan.shards, key)
         if mode == "calibrate":
             return Quantized(real, None, None, spec, key, real.dtype)
         state = nan_unless_calibrated(observer, state)
@@ -364,7 +366,7 @@ class Interpreter:
         states = {key: state for key, state in self._state.items() if _calls.op_of(key) in names and key not in tied}
         moving = frozenset(key for key in states if self._moves(key))
         outcome = _calls.evaluate(
-            node, values, states, self._body_runner(), moving=moving, keeps_codes=self._plan.keeps_codes
+            node, values, states, self._body_runner(node), moving=moving, keeps_codes=self._plan.keeps_codes
         )
         self.updates.update(outcome.updates)
         self.codes.update(outcome.codes)
@@ -384,10 +386,13 @@ class Interpreter:
             return False
         return _jaxpr.scan(node.eqn).length == 0
 
-    def _body_runner(self) -> _calls.Run:
+    def _body_runner(self, node: Node) -> _calls.Run:
         # JAX keeps the functions that derivative rules are made of as long as the trace. So this one holds no interpreter,
         # which has arrays, but only what has none and may leave the call by the side.
         kind, plan, asides = type(self), self._plan, self._asides()
+        if _jaxpr.call_kind(node.eqn) == "shard_map":
+            parts = _jaxpr.shard_map(node.eqn)
+            plan = dataclasses.replace(plan, shards=Shards((*plan.shards.axes, *parts.axes), parts.check_vma))
 
         def run(body: Graph, values: Sequence[Value], state: Mapping[str, Any]) -> Outcome:
             inner = kind(plan, state)

@@ -28,6 +28,7 @@ _REMAT = frozenset({"remat2", "remat", "checkpoint"})
 _KINDS = {
     "custom_jvp_call": "custom_jvp",
     "custom_vjp_call": "custom_vjp",
+    "shard_map": "shard_map",
     "scan": "scan",
     "cond": "cond",
     "while": "while",
@@ -71,10 +72,39 @@ def is_remat(eqn: Eqn) -> bool:
 
 
 def call_kind(eqn: Eqn) -> str | None:
-    """Which call the equation is: jit, remat, custom_jvp, custom_vjp, scan, cond or while; None for any other."""
+    """Which call the equation is: jit, remat, custom_jvp, custom_vjp, scan, cond, while, shard_map; None for any other."""
     if is_jit(eqn):
         return "jit"
     return "remat" if is_remat(eqn) else _KINDS.get(eqn.primitive.name)
+
+
+class ShardMap(NamedTuple):
+    """A `shard_map` without its body."""
+
+    mesh: Any
+    in_specs: tuple[Any, ...]  # of each operand
+    out_specs: tuple[Any, ...]
+    axes: tuple[str, ...]  # of the mesh, that it maps over
+    check_vma: bool
+
+    @property
+    def sharded(self) -> frozenset[int]:
+        """The operands of which each shard has a part."""
+        return frozenset(i for i, spec in enumerate(self.in_specs) if any(axis is not None for axis in spec))
+
+
+def shard_map(eqn: Eqn) -> ShardMap:
+    """What a shard_map equation is."""
+    params = eqn.params
+    axes = tuple(axis for axis in params["mesh"].axis_names if axis in params["newly_manual_axes"])
+    return ShardMap(params["mesh"], tuple(params["in_specs"]), tuple(params["out_specs"]), axes, params["check_vma"])
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes along which a value varies, as its type says inside a shard_map that checks types."""
+    kind = jax.typeof(x)
+    of_jax_0_10 = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(kind, "vma", ()) if of_jax_0_10 is None else of_jax_0_10.varying)
 
 
 class Body(NamedTuple):
@@ -240,7 +270,14 @@ def permutation(eqn: Eqn) -> tuple[int, ...] | None:
     """Which axis of its one operand each axis of the output is; None where the equation does more than move axes and cast."""
     if eqn.primitive.name == "transpose":
         return tuple(eqn.params["permutation"])
-    if eqn.primitive.name in ("convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint"):
+    if eqn.primitive.name in (
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "pvary",
+        "reduce_precision",
+        "sharding_constraint",
+    ):
         return tuple(range(len(eqn.outvars[0].aval.shape)))
     return None
 

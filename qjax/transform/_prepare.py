@@ -66,9 +66,9 @@ def prepare(
 
     The function is traced at every call and its dots, ragged dots, convolutions and embeddings are evaluated as the recipe
     says, those inside `jit`, `jax.checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `cond`, `switch`, `while_loop` and
-    `fori_loop` included. Those inside anything else (`shard_map`, `custom_linear_solve`) are left in float and listed by
-    `prepared.ops`, as are calls that cannot be looked into (Pallas, FFI, callbacks). A function with a derivative rule of
-    its own keeps that rule, evaluated in float.
+    `fori_loop` included, and in `shard_map` where the weight is whole on each shard. Those inside anything else
+    (`custom_linear_solve`) are left in float and listed by `prepared.ops`, as are calls that cannot be looked into (Pallas,
+    FFI, callbacks). A function with a derivative rule of its own keeps that rule, evaluated in float.
 
     An operand is a weight when it comes from a leaf of argument `params_argnum` through primitives that move, pick or cast
     elements alone: slices, also those of a scan, indexing with constants, concatenation, sharding constraints. An embedding
@@ -96,6 +96,11 @@ def prepare(
     running variance, which is the parameter that the function updates with the variance of the batch, or else the one named
     `var` beside scale and bias. A channel whose scale is zero is quantized unfolded in training, where torch gives NaN. In a
     `scan`, `cond`, `while_loop` or `jax.checkpoint`, op and batch normalization have to stand in the same body.
+
+    Inside `shard_map` quantizers see what they would see of the whole: shards exchange their smallest and largest values, and
+    with observers that look at more than these, each shard gets the parts of all, so that every shard ends with one state.
+    Activations are quantized per tensor there, or dynamically; `prepared.codes` stacks codes by shard; estimators are
+    calibrated outside.
 
     With `compute="codes"` an op whose two operands are quantized multiplies integer codes, which is exact, and rescales
     once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the

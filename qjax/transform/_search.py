@@ -11,7 +11,6 @@ from qjax.transform._weights import BY_INDEX, Known, into_bodies, is_lookup, thr
 
 SHORT_KIND = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
 KINDS = (*SHORT_KIND.values(), "embedding")
-_BECAUSE = {"shard_map": ": each shard would see statistics of its own"}
 #: Calls of something that is no jaxpr: nothing is known of what they compute.
 _OPAQUE = frozenset({"ffi_call", "io_callback", "pallas_call", "pure_callback"})
 
@@ -65,7 +64,7 @@ def left_alone(eqn: Any) -> Iterator[tuple[tuple[str, ...], str, str]]:
         for inner_eqn in inner.eqns:
             if inner_eqn.primitive.name in SHORT_KIND:
                 kind = SHORT_KIND[inner_eqn.primitive.name]
-                yield (name, kind), kind, f"inside {name}, which is not rewritten{_BECAUSE.get(name, '')}"
+                yield (name, kind), kind, f"inside {name}, which is not rewritten"
             else:
                 for parts, kind, why in left_alone(inner_eqn):
                     yield (name, *parts), kind, why

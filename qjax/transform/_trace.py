@@ -16,7 +16,7 @@ from qjax.transform._elementwise import affine_of_norm, is_named, mark
 from qjax.transform._lookup import Lookup
 from qjax.transform._names import leaf_paths, op_path_name
 from qjax.transform._search import NOTHING_ELSE, SHORT_KIND, Wanted, left_alone
-from qjax.transform._weights import Known, Path, into_bodies, is_lookup, only_moves, through
+from qjax.transform._weights import SHARDED, Known, Path, into_bodies, is_lookup, only_moves, through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,6 +401,8 @@ class Builder:
             return None, "both operands are weights"
         weight = next((i for i, path in enumerate(paths) if path is not None), None)
         path = None if weight is None else paths[weight]
+        if weight is not None and SHARDED in known[weight].sliced_by:
+            return None, "inside shard_map each shard has a part of its weight, whose range no shard knows"
         contraction = _jaxpr.contraction(eqn)
         if contraction is None:
             return None, "ragged along an axis that is summed over, or in several ways at once"

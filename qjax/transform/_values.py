@@ -24,7 +24,7 @@ from qjax.transform._trace import Node
 
 #: Equations that pick or move elements of their one operand; on codes they do what they do on reals.
 LAYOUT = frozenset(
-    {"broadcast_in_dim", "copy", "copy_p", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose"}
+    {"broadcast_in_dim", "copy", "copy_p", "expand_dims", "pvary", "reshape", "rev", "slice", "squeeze", "transpose"}
 )
 
 

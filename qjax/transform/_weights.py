@@ -19,6 +19,7 @@ WEIGHT_PRESERVING = frozenset(
         "copy_p",
         "expand_dims",
         "layout_constraint",
+        "pvary",
         "reduce_precision",
         "reshape",
         "reshard",
@@ -37,6 +38,7 @@ BY_INDEX = frozenset({"dynamic_slice", "gather"})
 _ONE_BY_ONE = frozenset({"device_put", "optimization_barrier"})
 
 Path = tuple[str, ...]
+SHARDED = -1  # stands in `sliced_by` for a shard_map
 
 
 class Known(NamedTuple):
@@ -86,6 +88,7 @@ def is_lookup(eqn: Any, inputs: Sequence[Known]) -> bool:
     return (
         eqn.primitive.name in BY_INDEX
         and inputs[0].path is not None
+        and SHARDED not in inputs[0].sliced_by
         and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
         and not all(known.fixed or known.path is not None for known in inputs[1:])
     )
@@ -99,9 +102,12 @@ def into_bodies(eqn: Any, inputs: Sequence[Known], loop: int) -> list[list[Known
     """
     carried, sliced = _jaxpr.loop_operands(eqn)
     unchanged = _jaxpr.unchanged(eqn)
+    sharded = _jaxpr.shard_map(eqn).sharded if _jaxpr.call_kind(eqn) == "shard_map" else frozenset[int]()
 
     def inside(operand: int) -> Known:
         known = inputs[operand]
+        if operand in sharded and known.path is not None:
+            return Known(known.path, known.sliced_by | {SHARDED})
         if operand in sliced:
             if known.path is None:
                 return Known(derived=known.derived or known.fixed)
