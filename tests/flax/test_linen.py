@@ -78,10 +78,12 @@ def test_variables_hold_a_collection_of_quantizers(net):
     assert_trees_equal({name: made[name] for name in variables}, variables)  # those of model.init, with the same key
     assert sorted(made["quant"]) == ["block/Dense_0/input", "block/Dense_0/weight", "head/input", "head/weight"]
     assert_trees_equal(q.init_quant(variables, x), made)
-    np.testing.assert_array_equal(Net().apply(made, x), Net().apply(variables, x))  # the float model ignores it
+    apply = jax.jit(Net().apply)
+    np.testing.assert_array_equal(apply(made, x), apply(variables, x))  # the float model ignores it
     assert [op.name for op in q.ops(variables, x)] == ["block/Dense_0", "head"]
 
 
+@pytest.mark.long
 def test_a_training_step_by_hand(net):
     """Running averages are those of the quantized product, dropout takes the key given, and both come back."""
     q, variables, x = net
@@ -167,6 +169,7 @@ def test_filters_of_mutable(net, mutable):
     assert jax.tree.structure(updates["intermediates"]) == jax.tree.structure(expected["intermediates"])
 
 
+@pytest.mark.long
 def test_conversion(net, rng):
     q, variables, x = net
 
@@ -310,6 +313,7 @@ def test_a_train_state(net, rng):
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
 
 
+@pytest.mark.long
 def test_learned_scales_are_a_collection(net):
     """`quant_params` is there where something is learned; it has the gradients of the plain function, and optax takes them."""
     _, variables, x = net
@@ -361,7 +365,7 @@ def test_errors(net):
         q.apply(variables, x)
     blank = q.init_quant(variables, x)
     with pytest.raises(ValueError, match="has observed nothing"):
-        q.apply(blank, x)
+        jax.jit(lambda x: q.apply(blank, x))(x)
     for mode in ("train", "calibrate"):
         with pytest.raises(ValueError, match=rf"mode '{mode}' observes, but \"quant\" is not mutable"):
             q.apply(blank, x, mode=mode, mutable=["batch_stats"])

@@ -172,6 +172,7 @@ def test_training(net, rng, transform):
     assert not any(leaf.any() for leaf in jax.tree.leaves(ranges))
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_the_plain_function(net):
     q, x = net
     q.calibrate()

@@ -122,8 +122,8 @@ def case(rng, name):
     return prepared, lambda params, x, op: network(params, x, op, **options), params, normal(rng, *shape)
 
 
-QUICK = [("mlp", "codes"), ("attention", "codes")]
-LONG = [("cnn", "codes"), ("lstm", "codes"), *((name, "dequantized") for name in SHAPES)]
+QUICK = [("mlp", "codes")]
+LONG = [("attention", "codes"), ("cnn", "codes"), ("lstm", "codes"), *((name, "dequantized") for name in SHAPES)]
 
 
 @pytest.mark.parametrize(("name", "compute"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.long) for each in LONG)])
@@ -156,6 +156,7 @@ def test_gradients_of_a_network(rng, name, compute):
         assert float(jnp.abs(left - right).max()) > 1e-4 * float(jnp.abs(right).max())
 
 
+@pytest.mark.long
 def test_gradients_of_each_example_under_remat_and_vmap(rng):
     """jit of vmap of grad of checkpoint of a prepared function: what one example after the other gives, states included."""
     fn, _, params, x = case(rng, "mlp")
