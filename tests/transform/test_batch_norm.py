@@ -451,6 +451,24 @@ def test_a_function_and_its_parameters_without_batch_norm(rng):
         qjax.fold_batch_norm(lambda p, x: x @ p["head"]["w"], params, x[0, 0, :, :1] * jnp.ones((1, 3)))
 
 
+def test_parameters_folded_twice_and_in_a_body(rng):
+    """One weight in front of two batch norms becomes two weights; in a body the parameters stay and the op is folded there."""
+    first, second = (layer_params(rng, 3, 3, 2, 2) for _ in range(2))
+    params, x = {"op": first["op"], "bn1": first["bn"], "bn2": second["bn"]}, normal(rng, 4, 5, 5, 2)
+
+    def shared(p, x):
+        y, _ = layer({"op": p["op"], "bn": p["bn1"]}, x, False)
+        return layer({"op": p["op"], "bn": p["bn2"]}, y, False)[0]
+
+    def in_a_body(p, x):
+        return jax.checkpoint(lambda p, x: layer(p, x, False)[0])({"op": p["op"], "bn": p["bn1"]}, x)
+
+    for fn, names in ((shared, {"w", "w_folded", "bias", "bias_folded"}), (in_a_body, {"w", "b"})):
+        folded_fn, new = qjax.fold_batch_norm(fn, params, x)
+        assert set(new["op"]) == names
+        assert_trees_close(jitted(folded_fn, new, x), jitted(fn, params, x), rtol=5e-6)
+
+
 # -- recipes ---------------------------------------------------------------------------------------------------------
 
 
