@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 from docs import generate_conventions
 
@@ -24,14 +25,16 @@ def test_the_page_tells_conventions_apart():
         assert len({row[column] for row in rows}) > 1
 
 
-def test_the_page_of_learned_quantizers_runs_and_prints_what_it_says():
-    page = (DOCS / "learned_quantizers.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["learned_quantizers.md", "integer_programs.md"])
+def test_the_code_on_a_page_runs_and_prints_what_it_says(name):
+    page = (DOCS / name).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     printed, names = io.StringIO(), {}
     with (
         contextlib.redirect_stdout(printed),
         jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
     ):  # as a reader has it; optax wants it
         for block in blocks:
-            exec(compile(block, "learned_quantizers.md", "exec"), names)
+            exec(compile(block, name, "exec"), names)
     assert printed.getvalue().splitlines() == re.findall(r"# → (.*)", page)

@@ -238,6 +238,26 @@ MUTANTS = (
         "    reals = unfused(reals)",
         flips="(sums · X) · W → sums · (X · W)",
     ),
+    onednn(
+        name="onednn/inputs-fused",
+        within="onednn_inputs",
+        kind="fma",
+        old="return round_half_even(scaled + zero_point.astype(jnp.float32)), QParams(scale, zero_point)",
+        new="one = jnp.broadcast_arrays(x.astype(jnp.float32), 1.0 / unfused(scale), zero_point.astype(jnp.float32))\n"
+        "    from qjax._arithmetic import fma\n\n"
+        "    return round_half_even(fma(*one)), QParams(scale, zero_point)",
+        flips="a dynamic input is multiplied, then added to → by one FMA",
+        tests=("tests/integer/test_torch_dynamic.py",),
+    ),
+    onednn(
+        name="onednn/inputs-scale-in-float32",
+        within="onednn_inputs",
+        kind="division",
+        old='inverse, zero_point = torch_choose(min_val, max_val, spec, "aten", inverse=True)',
+        new='scale, zero_point = torch_choose(min_val, max_val, spec, "aten")\n    inverse = 1.0 / unfused(scale)',
+        flips="a dynamic scale is inverted in float64 → rounded to float32 before",
+        tests=("tests/integer/test_torch_dynamic.py",),
+    ),
     qnnpack(
         name="qnnpack/bias-divided",
         within="quantized_bias",
