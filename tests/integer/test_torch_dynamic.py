@@ -87,7 +87,10 @@ def check(rng, engine, *, rows, has_bias, per_channel, reduce_range, module=Fals
     indirect=["engine"],
 )
 def test_linear_dynamic(rng, engine, per_channel):
-    check(rng, engine, rows=256, has_bias=True, per_channel=per_channel, reduce_range=engine != "qnnpack", module=True)
+    reduce_range = engine != "qnnpack"
+    check(
+        rng, engine, rows=256, has_bias=True, per_channel=per_channel, reduce_range=reduce_range, module=True, batches=8
+    )
 
 
 @pytest.mark.long
