@@ -71,7 +71,8 @@ def prepare(
     FFI, callbacks). A function with a derivative rule of its own keeps that rule, evaluated in float.
 
     An operand is a weight when it comes from a leaf of argument `params_argnum` through primitives that move, pick or cast
-    elements alone: slices, also those of a scan, indexing with constants, concatenation, sharding constraints. An embedding
+    elements alone: slices, also those of a scan, indexing with constants, concatenation, sharding constraints. (Of Flax
+    variables, a mapping that has `"params"`, only the leaves of that collection are.) An embedding
     looks up a parameter, its table, by an index that depends on the arguments (`table[ids]`, `jnp.take`, `nn.Embed`; `w[i]`
     in a `fori_loop`, too). It is an op with a weight and no input: the table is quantized, and what is looked up is an
     activation, in codes still where the table has one scale. (A row out of bounds, for which `jnp.take` fills in NaN, is

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import qjax
@@ -229,6 +230,25 @@ def test_learned_scales_are_params(net):
     np.testing.assert_array_equal(
         program.weights["layers/1"].scale, q.quant_params["layers/1/weight/scale"].get_value()
     )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_saved_program(rng, tmp_path, kind):
+    """It needs neither the module nor the adapter, and no key of a dropout that inference leaves out."""
+    x = normal(rng, 16, 5)
+    if kind == "nnx":
+        q = prepare(Net(nnx.Rngs(0)), INPUTS, x)
+        q.calibrate()
+        call(q, x)
+        program = q.convert(x)
+    else:
+        model = qjax.flax.linen.prepare(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)]), INPUTS)
+        variables = jitted(lambda x: model.calibrate(model.init(jax.random.key(0), x), x), x)
+        program = model.convert(variables, x)
+    program.save(tmp_path / "program.zip")
+    loaded = qjax.load_integer(tmp_path / "program.zip")
+    np.testing.assert_array_equal(loaded(x), jitted(program, x))
 
 
 @pytest.mark.long
