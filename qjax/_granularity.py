@@ -46,7 +46,7 @@ class PerChannel:
         Dense kernel `(in, out)` and of a Conv kernel `(height, width, in, out)`. Several axes may be given as a tuple, in
         the order in which x has them: `PerChannel((0, 2))` gives scales of shape `(x.shape[0], x.shape[2])`.
         In a recipe it may be `"output"`: the axes that the op at hand does not sum over, which are its output channels
-        wherever the layout puts them (`x @ w`, `w @ x`, HWIO or OIHW, one axis or several).
+        wherever the layout puts them (`x @ w`, `w @ x`, HWIO or OIHW, one axis or several); of an embedding, its rows.
     """
 
     axis: int | tuple[int, ...] | Literal["output"]
@@ -80,7 +80,7 @@ class PerGroup:
     Args:
       axis: The axis that is cut into groups; every other axis keeps a scale for each of its indices. In a recipe it may be
         `"contracted"`: the axis that the op at hand sums over, wherever the layout puts it. Of several it is the one that is
-        last in the left operand, and for a convolution the axis of the input features.
+        last in the left operand, for a convolution the axis of the input features, and for an embedding that along a row.
       size: How many neighbours share a scale.
       pad: Let the last group be shorter where size does not divide the axis; otherwise that is an error.
 
