@@ -124,7 +124,8 @@ def test_eval_leaves_the_variables_alone_and_train_does_not(rng):
 def test_eval_is_the_same_bits_eager_jitted_and_vmapped(rng, recipe, network):
     def residual(params, x):
         hidden = jax.nn.relu(x @ params["first"]["w"] + params["first"]["b"][None])
-        return (0.37 * hidden) + (hidden @ params["square"]["w"] + params["square"]["b"][None])
+        # A product of the network's own, such as 0.37 * hidden, jit would contract with this sum, as it does in float.
+        return hidden + (hidden @ params["square"]["w"] + params["square"]["b"][None])
 
     params = {**mlp_params(rng), "square": {"w": normal(rng, 8, 8), "b": normal(rng, 8)}}
     fn, params, x = {
