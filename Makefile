@@ -78,7 +78,7 @@ newest: ## run the tests with the newest JAX, on Python 3.13 where there is one
 	$(NEWEST)/bin/python $(PYTEST) $(ARGS)
 
 clean: ## remove environments, caches and runs
-	rm -rf $(VENV) $(NEWEST) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) runs build dist .pytest_cache .ruff_cache .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What each stamp installs. Types are checked against everything that qjax and the experiments import.

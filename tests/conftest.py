@@ -7,7 +7,9 @@ says so where it happens, and nowhere else: ``with jax.numpy_dtype_promotion("st
 """
 
 import os
+import pathlib
 import zlib
+from collections.abc import Iterator
 from importlib import metadata, util
 
 # Before the first import of JAX and torch, which read these once. A variable that is set already wins: with
@@ -21,6 +23,12 @@ if _workers > 1:
     _share = str(max(1, (os.cpu_count() or 1) // _workers))
     os.environ.setdefault("NPROC", _share)
     os.environ.setdefault("OMP_NUM_THREADS", _share)
+
+# Most of the time goes into compiling small functions, many of them alike. What was compiled is kept, for the other worker,
+# for `make test-long` and for the next run; `make clean` removes it. Entries are keyed by program, versions and flags.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -44,6 +52,13 @@ def pytest_report_header() -> str:
     torch = metadata.version("torch") if util.find_spec("torch") else "absent (what compares with it is skipped)"
     # Not jax.default_backend(): the process that hands out the tests should not take hold of a GPU.
     return f"jax {jax.__version__} on {os.environ['JAX_PLATFORMS']}, numpy {np.__version__}, torch {torch}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled() -> Iterator[None]:
+    """Drop what one file compiled, which the next hardly uses and which would grow to gigabytes a worker."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
