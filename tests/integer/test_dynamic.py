@@ -31,7 +31,7 @@ def converted(fn, recipe, params, x, **options):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("symmetric", "affine") else pytest.mark.long) for name in SPECS]
+    "name", [pytest.param(name, marks=[] if name == "symmetric" else pytest.mark.long) for name in SPECS]
 )
 def test_codes_and_floats_of_mode_eval(rng, name):
     params, x = mlp_params(rng), normal(rng, 3, 5, 6)
@@ -47,7 +47,7 @@ def test_codes_and_floats_of_mode_eval(rng, name):
     assert all(op.input is None for op in program.ops)
 
 
-@pytest.mark.parametrize("engine", ["fbgemm", "qnnpack"])
+@pytest.mark.parametrize("engine", [pytest.param("fbgemm", marks=pytest.mark.long), "qnnpack"])
 def test_a_row_for_each_token_written_out_in_numpy(rng, engine):
     params, x = {"w": normal(rng, 40, 6), "b": normal(rng, 6)}, normal(rng, 2, 30, 40)
     prepared, qvars, program = converted(

@@ -56,7 +56,7 @@ def test_random_layers(case):
 
 
 @pytest.mark.long
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(case=cases())
 def test_random_networks(case):
     check_random_network(case)
