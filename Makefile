@@ -75,7 +75,7 @@ newest: ## run the tests with the newest JAX, on Python 3.13 where there is one
 	echo "installing the newest JAX that pyproject.toml lets in, and the tests' other needs, into $(NEWEST) …"; \
 	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e ".[test]"; \
 	$(NEWEST)/bin/python -c 'import jax, sys; print("jax", jax.__version__, "on Python", sys.version.split()[0])'; \
-	$(NEWEST)/bin/python $(PYTEST) $(ARGS)
+	$(NEWEST)/bin/python $(PYTEST) -m "not long" $(ARGS)
 
 clean: ## remove environments, caches and runs
 	rm -rf $(VENV) $(NEWEST) runs build dist .pytest_cache .ruff_cache .hypothesis .cache

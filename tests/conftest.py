@@ -54,6 +54,20 @@ def pytest_report_header() -> str:
     return f"jax {jax.__version__} on {os.environ['JAX_PLATFORMS']}, numpy {np.__version__}, torch {torch}"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as long what tests/long.txt lists; a line that names nothing is an error where all tests were collected."""
+    path = pathlib.Path(__file__).with_name("long.txt")
+    starts = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    unused = set(starts)
+    for item in items:
+        for start in starts:
+            if item.nodeid.startswith(start):
+                item.add_marker(pytest.mark.long)
+                unused.discard(start)
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and util.find_spec("torch") and unused:
+        raise pytest.UsageError(f"{path.name} names tests that there are not: {', '.join(sorted(unused))}")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled() -> Iterator[None]:
     """Drop what one file compiled, which the next hardly uses and which would grow to gigabytes a worker."""

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,14 @@ import qjax
 from qjax import PerToken, Recipe, Rule, observers
 from tests.transform.models import A8, W8, assert_trees_close, mismatches, mlp, mlp_params, normal
 
-MESH = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 RNG = np.random.default_rng(0)
 PARAMS, X = mlp_params(RNG), normal(RNG, 16, 6) * jnp.arange(1.0, 17.0)[:, None]  # shards of different ranges
+
+
+@cache
+def mesh():
+    """Made when it is asked for: who only imports this file may have one device."""
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def recurrent(params, x):
@@ -35,7 +40,7 @@ def recurrent(params, x):
 
 def sharded(fn, axes, check_vma=True):
     specs = {"in_specs": (P(), P(axes)), "out_specs": P(axes), "axis_names": set(axes), "check_vma": check_vma}
-    return jax.shard_map(fn, mesh=MESH, **specs)
+    return jax.shard_map(fn, mesh=mesh(), **specs)
 
 
 def check_equals_the_whole(fn, axes, check_vma, rule, same_state):
@@ -90,7 +95,7 @@ def check_sharded_weights():
             return lax.psum(x @ params["second"]["w"], "model")
 
         specs = {"first": {"w": P(None, "model"), "b": P()}, "second": {"w": P("model"), "b": P()}}
-        return jax.shard_map(body, mesh=MESH, in_specs=(specs, P()), out_specs=P())(params, x) @ third
+        return jax.shard_map(body, mesh=mesh(), in_specs=(specs, P()), out_specs=P())(params, x) @ third
 
     params = PARAMS | {"third": normal(RNG, 5, 3)}
     prepared = qjax.prepare(fn, Recipe([rule_of(observers.min_max(A8))]))
