@@ -10,20 +10,21 @@ and optax take them beside `"params"`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
 from flax.core.scope import DenyList, in_filter
 
 from qjax._quantize import QTensor
+from qjax._requantize import Engines
 from qjax.flax._arguments import refuse_arrays, split_arrays
 from qjax.integer import IntegerProgram
 from qjax.integer import convert as convert_function
 from qjax.transform import OpTable, QuantVars, Recipe
 from qjax.transform import prepare as prepare_function
 from qjax.transform._interpret import Compute
-from qjax.transform._prepare import CallMode, Prepared
+from qjax.transform._prepare import CallMode, Derived, Prepared
 
 QUANT = "quant"  # observer states, by quantizer
 QUANT_PARAMS = "quant_params"  # learned parameters of quantizers; there only if there are any
@@ -31,20 +32,29 @@ QUANT_PARAMS = "quant_params"  # learned parameters of quantizers; there only if
 Variables = Mapping[str, Any]
 
 
-def prepare(module: nn.Module, recipe: Recipe, *, compute: Compute = "codes") -> PreparedModule:
+def prepare(
+    module: nn.Module,
+    recipe: Recipe,
+    *,
+    compute: Compute = "codes",
+    engine: Engines = "fbgemm",
+    derived_weights: Derived = "activation",
+) -> PreparedModule:
     """Quantize a Linen module without editing it; see `qjax.prepare` for what is quantized and how ops are named.
 
     Args:
       module: Any Linen module.
       recipe: Which ops are quantized how; an op is named after its module's path, such as `"encoder/Dense_0"`.
       compute: `"codes"` or `"dequantized"`, as in `qjax.prepare`.
+      engine: Whose kernels inference and `convert` compute, as in `qjax.prepare`.
+      derived_weights: `"activation"` or `"weight"`, as in `qjax.prepare`.
 
     Returns:
       A `PreparedModule`.
 
     Raises:
       TypeError: module is no Linen module, or recipe no Recipe.
-      ValueError: An unknown `compute`.
+      ValueError: An unknown `compute`, `engine` or `derived_weights`.
 
     Examples:
       Where a training loop says `model.init` and `model.apply`, it now says `q.init` and `q.apply`:
@@ -76,8 +86,11 @@ def prepare(module: nn.Module, recipe: Recipe, *, compute: Compute = "codes") ->
             f"qjax.flax.linen.prepare: module must be a flax.linen.Module, got {type(module).__name__}. For an NNX module "
             "there is qjax.flax.nnx.prepare, for a function qjax.prepare."
         )
-    prepare_function(module.apply, recipe, compute=compute)  # for its errors
-    return PreparedModule(module, recipe, compute)
+    prepared = PreparedModule(
+        module, recipe, compute, dict(engine) if isinstance(engine, Mapping) else engine, derived_weights
+    )
+    prepared._prepare(module.apply)  # for its errors
+    return prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +100,8 @@ class PreparedModule:
     module: nn.Module
     recipe: Recipe
     compute: Compute = "codes"
+    engine: Engines = dataclasses.field(default="fbgemm", hash=False)  # a mapping has no hash
+    derived_weights: Derived = "activation"
 
     def init(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Return the variables of `module.init(rngs, *args, **kwargs)` and those of the quantizers."""
@@ -216,7 +231,7 @@ class PreparedModule:
         def fn(variables: Variables, *args: Any) -> Any:
             return self.module.apply(_float(variables), *args, method=method, **kwargs)
 
-        return prepare_function(fn, self.recipe, compute=self.compute)
+        return self._prepare(fn)
 
     def qvars(self, variables: Variables) -> QuantVars:
         """Return what the quantizers know as `qjax.QuantVars`."""
@@ -226,6 +241,11 @@ class PreparedModule:
                 "it with q.init(key, x), or with q.init_quant(variables, x) or q.calibrate(variables, x) for a trained model."
             )
         return QuantVars(dict(variables.get(QUANT_PARAMS, {})), dict(variables[QUANT]))
+
+    def _prepare(self, fn: Callable[..., Any]) -> Prepared:
+        return prepare_function(
+            fn, self.recipe, compute=self.compute, engine=self.engine, derived_weights=self.derived_weights
+        )
 
     def _call(self, args: Any, kwargs: Any, method: Any, mutable: Any) -> tuple[Prepared, list[Any]]:
         """The prepared function of variables, arrays and keys, and the arrays among the arguments.
@@ -238,7 +258,7 @@ class PreparedModule:
             args, kwargs = restore(arrays)
             return self.module.apply(variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs)
 
-        return prepare_function(fn, self.recipe, compute=self.compute), leaves
+        return self._prepare(fn), leaves
 
 
 def _float(variables: Variables) -> dict[str, Any]:

@@ -8,20 +8,21 @@ holds one array.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
 from flax import nnx
 
 from qjax._quantize import QTensor
+from qjax._requantize import Engines
 from qjax.flax._arguments import refuse_arrays, split_arrays
 from qjax.integer import IntegerProgram
 from qjax.integer import convert as convert_function
 from qjax.transform import OpTable, QuantVars, Recipe
 from qjax.transform import prepare as prepare_function
 from qjax.transform._interpret import Compute
-from qjax.transform._prepare import CallMode, Prepared
+from qjax.transform._prepare import CallMode, Derived, Prepared
 
 Variables = Mapping[str, nnx.State]
 
@@ -35,7 +36,13 @@ class QuantParam(nnx.Param):
 
 
 def prepare(
-    module: nnx.Module, recipe: Recipe, *args: Any, compute: Compute = "codes", **kwargs: Any
+    module: nnx.Module,
+    recipe: Recipe,
+    *args: Any,
+    compute: Compute = "codes",
+    engine: Engines = "fbgemm",
+    derived_weights: Derived = "activation",
+    **kwargs: Any,
 ) -> PreparedModule:
     """Quantize an NNX module without editing it; see `qjax.prepare` for what is quantized and how ops are named.
 
@@ -44,6 +51,8 @@ def prepare(
       recipe: Which ops are quantized how; an op is named after its weight's path in the module, such as `"layers/0"`.
       *args: What the module is called with; only shapes matter, so a `jax.ShapeDtypeStruct` will do.
       compute: `"codes"` or `"dequantized"`, as in `qjax.prepare`.
+      engine: Whose kernels inference and `convert` compute, as in `qjax.prepare`.
+      derived_weights: `"activation"` or `"weight"`, as in `qjax.prepare`.
       **kwargs: What the module is called with.
 
     Returns:
@@ -52,7 +61,7 @@ def prepare(
     Raises:
       TypeError: module is no NNX module, or recipe no Recipe.
       qjax.RecipeError: A rule matches no op.
-      ValueError: An unknown `compute`.
+      ValueError: An unknown `compute`, `engine` or `derived_weights`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, qjax
@@ -80,8 +89,10 @@ def prepare(
             f"qjax.flax.nnx.prepare: module must be a flax.nnx.Module, got {type(module).__name__}. For a Linen module there "
             "is qjax.flax.linen.prepare, for a function qjax.prepare."
         )
-    prepare_function(module.__call__, recipe, compute=compute)  # for its errors
-    return PreparedModule(module, recipe, compute, args, kwargs)
+    prepare_function(
+        module.__call__, recipe, compute=compute, engine=engine, derived_weights=derived_weights
+    )  # for its errors
+    return PreparedModule(module, recipe, compute, engine, derived_weights, args, kwargs)
 
 
 class PreparedModule(nnx.Module):
@@ -99,10 +110,22 @@ class PreparedModule(nnx.Module):
 
     mode: CallMode
 
-    def __init__(self, module: nnx.Module, recipe: Recipe, compute: Compute, args: Any, kwargs: Any) -> None:
+    def __init__(
+        self,
+        module: nnx.Module,
+        recipe: Recipe,
+        compute: Compute,
+        engine: Engines,
+        derived_weights: Derived,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
         self.module = module
         self.recipe = recipe
         self.compute: Compute = compute
+        # Pairs, since what is static in a module is hashed.
+        self._engine: Any = tuple(sorted(engine.items())) if isinstance(engine, Mapping) else engine
+        self.derived_weights: Derived = derived_weights
         self.mode = "train"
         call, operands = self._call(args, kwargs)
         qvars = call.init(*operands)
@@ -195,7 +218,7 @@ class PreparedModule(nnx.Module):
         def fn(variables: Variables, *args: Any) -> Any:
             return nnx.merge(structure, *variables.values())(*args, **kwargs)
 
-        return prepare_function(fn, self.recipe, compute=self.compute)
+        return self._prepare(fn)
 
     def variables(self) -> dict[str, nnx.State]:
         """Return the float module's parameters, which are its weights, and all else that it holds."""
@@ -205,6 +228,16 @@ class PreparedModule(nnx.Module):
     def qvars(self) -> QuantVars:
         """Return what the quantizers know as `qjax.QuantVars`."""
         return QuantVars(self._params_layout.read(self.quant_params), self._state_layout.read(self.quant_state))
+
+    @property
+    def engine(self) -> Engines:
+        """Whose kernels inference and `convert` compute."""
+        return dict(self._engine) if isinstance(self._engine, tuple) else self._engine
+
+    def _prepare(self, fn: Callable[..., Any]) -> Prepared:
+        return prepare_function(
+            fn, self.recipe, compute=self.compute, engine=self.engine, derived_weights=self.derived_weights
+        )
 
     def _call(self, args: Any, kwargs: Any) -> tuple[Prepared, tuple[Any, ...]]:
         """The prepared function of variables and arrays, which returns the module's state too, and its operands."""
@@ -220,7 +253,7 @@ class PreparedModule(nnx.Module):
             out = module(*args, **kwargs)
             return out, _changed(nnx.state(module, nnx.Not(nnx.Param)), before)
 
-        return prepare_function(fn, self.recipe, compute=self.compute), (self.variables(), arrays)
+        return self._prepare(fn), (self.variables(), arrays)
 
 
 def _leaves_by_path(state: nnx.State) -> dict[Any, list[Any]]:

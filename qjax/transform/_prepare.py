@@ -106,7 +106,8 @@ def prepare(
     With `compute="codes"` an op whose two operands are quantized multiplies integer codes, which is exact, and rescales
     once. Its bias is added and its ReLU, max-pooling and reshapes are done in units of the accumulator, so that the
     next quantizer sees what the deployed kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale
-    varies along a contracted axis, or with `compute="dequantized"`, the dequantized operands are multiplied instead.
+    varies along a contracted axis, where so many products are summed that they may pass int32 (more than 65 793 of 8
+    bits), or with `compute="dequantized"`, the dequantized operands are multiplied instead.
     Codes are kept for the backward pass, a byte an element, by a custom_vjp. That is for first derivatives: forward mode
     is refused, and second derivatives take the codes for constants. Use `"dequantized"` for either.
 

@@ -29,10 +29,14 @@ def scales_of(
 ) -> tuple[jax.Array, jax.Array] | None:
     """The scales of both operands, laid out for the output; their product is what one unit of the accumulator is worth.
 
-    None where a scale varies along a contracted axis, so that it cannot be taken out of the sum, or where the codes are not
-    whole numbers that can be multiplied.
+    None where a scale varies along a contracted axis, so that it cannot be taken out of the sum, where the codes are not
+    whole numbers that can be multiplied, or where there are so many products that their sum may pass int32.
     """
     if not (lhs.spec.is_plain and rhs.spec.is_plain):
+        return None
+    assert lhs.codes is not None
+    assert rhs.codes is not None
+    if op.size(lhs.codes, rhs.codes) * largest(lhs.spec) * largest(rhs.spec) >= 2**31:
         return None
     ndims = (lhs.ndim, rhs.ndim)
     factors: list[jax.Array] = []

@@ -158,6 +158,25 @@ def test_both_sides_of_the_bound_of_exact_float32_sums(rng, size, engine):
     assert ((left @ np.asarray(predicted["first/weight"].codes, np.int64)).max() > 2**24) == (size > 550)
 
 
+@pytest.mark.parametrize(
+    ("size", "compute"), [pytest.param(65793, "codes", marks=pytest.mark.long), (80000, "dequantized")]
+)
+def test_sums_that_may_pass_int32_are_summed_in_float(size, compute):
+    """A kernel's accumulator would wrap: 255 · 127 · 80 000 > 2^31. The most is 65 793 products, of 255 · 128 each."""
+    weight, spec = -np.ones((size, 1), np.float32), qjax.QuantSpec(qjax.int8, symmetric=True)
+    prepared = qjax.prepare(
+        lambda p, x: x @ p["a"]["w"], Recipe([Rule(".*", weight=spec, input=observers.min_max(A8))])
+    )
+    params, x = {"a": {"w": weight}}, np.ones((1, size), np.float32)
+    qvars = calibrated(prepared, params, x)
+    assert prepared.ops(params, x)[0].compute == compute
+    longer = {"a": {"w": np.ones((65794, 1), np.float32)}}, np.ones((1, 65794), np.float32)
+    assert prepared.ops(*longer)[0].compute == "dequantized"
+    out = evaluated(prepared, qvars, params, x)
+    np.testing.assert_allclose(out, -size * 127 / 127.5, rtol=1e-5)
+    np.testing.assert_array_equal(jitted(qjax.convert(prepared, qvars, params), x), out)
+
+
 def test_the_formula_written_out_in_numpy(rng):
     """One layer end to end, with every step of the deployed kernel in numpy: int64 sums, float32 scalars."""
     params, x = {"a": {"w": normal(rng, 40, 6), "b": normal(rng, 6)}}, normal(rng, 300, 40)
