@@ -200,12 +200,13 @@ def _lsq(
 
 @_lsq.defjvp
 def _lsq_jvp(factor, primals, tangents):  # type: ignore[no-untyped-def]
-    x, scale, value, steps, in_range = primals
+    x, scale, _, steps, in_range = primals
     dx, ds = tangents[:2]
     ratio = x.astype(jnp.float32) / scale
     inside = in_range & jnp.isfinite(ratio)
     slope = factor * (steps - jnp.where(inside, ratio, 0.0))
-    return value, jnp.where(in_range, dx, jnp.zeros_like(dx)) + (slope * ds).astype(x.dtype)
+    out = _lsq(factor, *primals)  # not the value, which would be a constant of the next derivative
+    return out, jnp.where(in_range, dx, jnp.zeros_like(dx)) + (slope * ds).astype(x.dtype)
 
 
 def lsq(

@@ -39,6 +39,7 @@ def straight_through(x: jax.Array, value: jax.Array, in_range: jax.Array) -> jax
 def _straight_through_jvp(
     primals: tuple[jax.Array, jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    _, value, in_range = primals
+    in_range = primals[2]
     dx = tangents[0]
-    return value, jnp.where(in_range, dx, jnp.zeros_like(dx))
+    # Called again, not `value`, which would be a constant of the next derivative.
+    return straight_through(*primals), jnp.where(in_range, dx, jnp.zeros_like(dx))

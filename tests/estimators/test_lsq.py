@@ -140,6 +140,12 @@ def test_finite_differences_where_the_function_is_smooth(rng):
     np.testing.assert_allclose(((up - down) / (2 * h))[smooth], slope[smooth], atol=1e-3)
 
 
+def test_the_next_derivative_is_that_of_the_value():
+    x, scale, spec = jnp.array([0.3, -0.7, 9.0]), jnp.float32(0.01), qjax.QuantSpec(qjax.int8, symmetric=True)
+    second = jax.hessian(lambda x: (qjax.estimators.lsq_fake_quantize(x, scale, spec) ** 3).sum())(x)
+    np.testing.assert_allclose(second, np.diag([1.8, -4.2, 0.0]), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.long)], ids=str)
 def test_dtypes_jit_and_vmap(rng, dtype):
     spec, options = INT3.replace(granularity=PerChannel(-1)), {"batch_axes": (0,)}

@@ -212,3 +212,19 @@ def test_training_lowers_a_loss(rng):
         values.append(float(value))
     assert values[-1] < 0.5 * values[0]
     assert step._cache_size() == 1
+
+
+def test_second_derivatives_are_straight_through_too():
+    x = jnp.array([0.3, -0.7, 9.0])
+    spec, qparams = qjax.QuantSpec(qjax.int8), qjax.QParams(jnp.float32(0.01), jnp.int32(0))
+    hessian = jax.hessian(lambda x: (qjax.fake_quantize(x, qparams, spec) ** 3).sum())(x)
+    assert jnp.allclose(hessian, jnp.diag(jnp.array([1.8, -4.2, 0.0])), atol=1e-5)  # 6 y where nothing was clipped
+
+    inputs = observers.dynamic(qjax.QuantSpec(qjax.uint8))
+    recipe = Recipe([Rule(".*", weight=W8, input=inputs)])
+    prepared = qjax.prepare(lambda params, x: x @ params["w"], recipe, compute="dequantized")
+    params, x = {"w": jnp.eye(2)}, jnp.array([[0.25, 1.0]])
+    qvars = prepared.init(params, x)
+    for mode in ("train", "eval"):
+        second = jax.hessian(lambda x, mode=mode: (prepared(qvars, params, x, mode=mode)[0] ** 2).sum())(x)
+        assert jnp.allclose(second.reshape(2, 2), 2 * jnp.eye(2), atol=0.05)  # the weight is 127 / 127.5

@@ -46,8 +46,18 @@ MUTANTS = (
     straight_through(
         name="straight_through/x-returned",
         kind="gradient",
-        old="return value, ",
+        old="return straight_through(*primals), ",
         new="return primals[0], ",
         flips="a differentiated call returns the quantized value → x",
+    ),
+    Mutant(
+        name="straight_through/value-constant",
+        kind="gradient",
+        file="qjax/estimators/_straight_through.py",
+        within="_straight_through_jvp",
+        tests=("tests/transform/test_gradients.py::test_second_derivatives_are_straight_through_too",),
+        old="return straight_through(*primals), ",
+        new="return primals[1], ",
+        flips="the value has a derivative again → the next derivative takes it for a constant",
     ),
 )
