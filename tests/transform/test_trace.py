@@ -296,3 +296,12 @@ def test_convolutions(rng):
     params = {"c": {"w": normal(rng, 3, 3, 2, 4)}}
     ((name, weight, why),) = table(lambda p, x: conv(x, p["c"]["w"]), params, normal(rng, 1, 5, 5, 2))
     assert (name, weight, why) == ("c", "rhs", "")
+
+
+def test_of_variables_in_collections_those_in_params_are_weights(rng):
+    variables, x = (
+        {"params": {"a": {"w": normal(rng, 4, 4)}}, "lora": {"a": {"w": normal(rng, 4, 4)}}},
+        normal(rng, 2, 4),
+    )
+    prepared = qjax.prepare(lambda v, x: x @ v["params"]["a"]["w"] + x @ v["lora"]["a"]["w"], INPUTS)
+    assert [(op.name, op.weight) for op in prepared.ops(variables, x)] == [("a", "rhs"), ("dot", None)]
