@@ -242,6 +242,8 @@ def lsq(
     that is used is `max(|s|, eps)`, eps the spec's or 2^-23, with the gradient of |s| throughout: whatever an optimizer makes
     of s, it is a scale. A NaN stays NaN.
 
+    Of second derivatives the paper defines none; the mixed ones here follow from either formula, and differ.
+
     The paper's activations are not negative and have an unsigned format with z = 0, which an affine spec of one gets here:
     `lsq(QuantSpec(uint4))`. Any other z is fixed too; only the scale is learned.
 

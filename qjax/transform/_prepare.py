@@ -108,6 +108,7 @@ def prepare(
     next quantizer sees what the deployed kernel sees and "eval" gives the codes of `qjax.convert`. Where a scale
     varies along a contracted axis, where so many products are summed that they may pass int32 (more than 65 793 of 8
     bits), or with `compute="dequantized"`, the dequantized operands are multiplied instead.
+    With bfloat16 or float16 operands codes are the more exact of the two: dequantized ones are rounded to that dtype first.
     Codes are kept for the backward pass, a byte an element, by a custom_vjp. That is for first derivatives: forward mode
     is refused, and second derivatives take the codes for constants. Use `"dequantized"` for either.
 
