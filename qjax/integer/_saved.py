@@ -300,10 +300,14 @@ def _exported(records: ZipRecords, name: str, header: dict[str, Any], arrays: Se
     inputs = [shape(value) for value in header["inputs"][1]]
     outputs = [shape(value) for value in about["results"][1]]
     stand_in = jax.jit(lambda arrays, leaves: [jnp.zeros(out.shape, out.dtype) for out in outputs], keep_unused=True)
-    template = jax.export.export(stand_in)([_as_shape(array) for array in arrays], inputs)
+    try:
+        template = jax.export.export(stand_in)([_as_shape(array) for array in arrays], inputs)
+    except Exception as error:  # of a result with a symbol that no argument has, JAX raises an error of its own
+        raise ValueError(f"shapes that are none: {error}") from error
     platforms, convention = about["platforms"], about["calling_convention"]
     if (
         not isinstance(platforms, list)
+        or not platforms
         or not set(platforms) <= {"cpu", "cuda", "rocm", "tpu"}
         or type(convention) is not int
     ):

@@ -164,6 +164,8 @@ FORGED = {
     "a spec that is none": lambda r: with_header(r, lambda h: h["specs"].update({"op/weight": {"format": "int99"}})),
     "codes without spec": lambda r: with_header(r, lambda h: h.update(specs={})),
     "another platform": lambda r: with_header(r, lambda h: h["program"].update(platforms=["abacus"])),
+    "no platform": lambda r: with_header(r, lambda h: h["program"].update(platforms=[])),
+    "a symbol of no argument": lambda r: with_header(r, lambda h: h["program"]["results"][1][0].update(shape=["b", 3])),
     "no StableHLO": lambda r: {**r, "program.stablehlo": b"ML\xefR garbage"},
     "StableHLO cut short": lambda r: {**r, "program.stablehlo": r["program.stablehlo"][:200]},
 }
