@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 import jax
@@ -194,7 +195,8 @@ def _write_shape(shape: Any) -> dict[str, Any]:
 
 def _export(fn: Callable[..., Any], arrays: Any, leaves: Any, platforms: Sequence[str] | None) -> Any:
     try:
-        exported = jax.export.export(jax.jit(fn, keep_unused=True), platforms=platforms)(arrays, leaves)
+        with _no_source_paths():
+            exported = jax.export.export(jax.jit(fn, keep_unused=True), platforms=platforms)(arrays, leaves)
     except NotImplementedError as error:
         raise ValueError(f"save: the program has a part that jax.export cannot write: {error}.") from error
     calls = _foreign_calls(exported)
@@ -204,6 +206,17 @@ def _export(fn: Callable[..., Any], arrays: Any, leaves: Any, platforms: Sequenc
             "file cannot hold. Such parts (callbacks, FFI, linear algebra libraries, sharding) have to stay outside."
         )
     return exported
+
+
+@contextlib.contextmanager
+def _no_source_paths() -> Iterator[None]:
+    """StableHLO says for each operation in which file of the author's machine it was written; a file for others should not."""
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _foreign_calls(exported: Any) -> list[str]:

@@ -63,6 +63,17 @@ def test_a_saved_program_computes_the_same(rng, name, tmp_path):
     np.testing.assert_array_equal(jax.jit(loaded)(x), loaded(x))
 
 
+def test_a_file_names_no_source_file(rng, tmp_path):
+    params, x = mlp_params(rng), normal(rng, 4, 6)
+    program = program_of(mlp, FULL, params, x)
+    files = []
+    for name in ("one.qjax", "two.qjax"):
+        program.save(tmp_path / name, x)
+        files.append((tmp_path / name).read_bytes())
+    assert b".py" not in files[0]
+    assert files[0] == files[1]
+
+
 def test_arguments_and_results_in_trees(rng, tmp_path):
     def fn(inputs, params, double, other):
         y = dense(params["op"], inputs["x"]) + inputs["more"][0]
