@@ -23,7 +23,7 @@ def main():
     (images, labels), (test_images, test_labels) = digits()
     model = Reader()
 
-    q = qjax.flax.linen.prepare(model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1))
+    q = qjax.flax.linen.prepare(model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1), engine="onednn")
     variables = jax.jit(q.init)(jax.random.key(0), images[:1])
     print(q.ops(variables, images[:1]), end="\n\n")
 

@@ -21,7 +21,7 @@ def main():
     def forward(params, x):
         return jax.vmap(eqx.combine(params, static))(x)
 
-    prepared = qjax.prepare(forward, qjax.recipes.torch_qat("onednn", averaging_constant=0.1))
+    prepared = qjax.prepare(forward, qjax.recipes.torch_qat("onednn", averaging_constant=0.1), engine="onednn")
     qvars = prepared.init(params, images[:1])
     print(prepared.ops(params, images[:1]), end="\n\n")
 

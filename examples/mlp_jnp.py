@@ -27,7 +27,7 @@ def main():
     keys = jax.random.split(jax.random.key(0))
     params = {"hidden": dense(keys[0], 64, 32), "head": dense(keys[1], 32, 10)}
 
-    prepared = qjax.prepare(mlp, qjax.recipes.torch_qat("onednn", averaging_constant=0.1))
+    prepared = qjax.prepare(mlp, qjax.recipes.torch_qat("onednn", averaging_constant=0.1), engine="onednn")
     qvars = prepared.init(params, images[:1])
     print(prepared.ops(params, images[:1]), end="\n\n")
 

@@ -45,7 +45,7 @@ def main():
 
     # What is quantized is each weight with its batch norm folded in, in training too, as in torch's ConvBn modules.
     recipe = qjax.recipes.torch_qat("onednn", averaging_constant=0.1, batch_norm="fold_if_present")
-    q = qjax.flax.linen.prepare(model, recipe)
+    q = qjax.flax.linen.prepare(model, recipe, engine="onednn")
     variables = jax.jit(q.init)(jax.random.key(0), images[:1])  # params, batch_stats and quant
     print(q.ops(variables, images[:1]), end="\n\n")
 

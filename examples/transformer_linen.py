@@ -51,7 +51,9 @@ def main():
     # torch's recipe leaves embeddings in float; this rule gives each row of the table a scale.
     table = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel("output"))
     embedding = qjax.Recipe([qjax.Rule("Embed_0", weight=table)])
-    q = qjax.flax.linen.prepare(model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1) + embedding)
+    q = qjax.flax.linen.prepare(
+        model, qjax.recipes.torch_qat("onednn", averaging_constant=0.1) + embedding, engine="onednn"
+    )
     variables = jax.jit(q.init)(jax.random.key(0), train[:1, :-1])
     print(q.ops(variables, train[:1, :-1]), end="\n\n")
 

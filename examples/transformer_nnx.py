@@ -45,7 +45,7 @@ def main():
     model = Transformer(alphabet, nnx.Rngs(0))
 
     recipe = qjax.recipes.torch_qat("onednn", averaging_constant=0.1)
-    q = qjax.flax.nnx.prepare(model, recipe, train[:1, :-1])
+    q = qjax.flax.nnx.prepare(model, recipe, train[:1, :-1], engine="onednn")
     print(q.ops(train[:1, :-1]), end="\n\n")
 
     optimizer = nnx.Optimizer(q, optax.adam(0.005), wrt=nnx.Param)
