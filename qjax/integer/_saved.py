@@ -211,12 +211,13 @@ def _export(fn: Callable[..., Any], arrays: Any, leaves: Any, platforms: Sequenc
 @contextlib.contextmanager
 def _no_source_paths() -> Iterator[None]:
     """StableHLO says for each operation in which file of the author's machine it was written; a file for others should not."""
-    limit = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    config: Any = jax.config
+    limit = config.jax_traceback_in_locations_limit
+    config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", limit)
+        config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _foreign_calls(exported: Any) -> list[str]:
