@@ -4,20 +4,29 @@ This package knows nothing of quantization, imports only numpy and the standard 
 file contains.
 """
 
+from ._container import Container, open_container, read
 from ._errors import FormatError
 from ._limits import Limits
-from ._nodes import Call, Global, Parameter, RawTensor, Record
-from ._torch_zip import read, read_torch_zip, write_torch_zip
+from ._nodes import Call, Global, Object, Parameter, RawTensor, Record
+from ._safetensors import write_safetensors
+from ._torch_zip import write_torch_zip
 
 __all__ = [
     "Call",
+    "Container",
     "FormatError",
     "Global",
     "Limits",
+    "Object",
     "Parameter",
     "RawTensor",
     "Record",
+    "open_container",
     "read",
     "read_torch_zip",
+    "write_safetensors",
     "write_torch_zip",
 ]
+
+read_torch_zip = read
+"""The name that `read` had when it read nothing else."""

@@ -22,6 +22,10 @@ class Limits:
         max_elements: elements of one tensor.
         max_expanded_elements: elements of a tensor that has more elements than its storage (stride 0 or overlapping);
             such a view costs nothing until someone copies it.
+        max_json_bytes: size of one JSON text: a safetensors header, an index, a config, a graph.
+        max_inflated_bytes: what the compressed records of one archive inflate to, all together (TorchScript compresses
+            its code, and nothing else is read compressed).
+        max_files: shards of one checkpoint.
 
     Raises:
         ValueError: a bound is not a positive integer.
@@ -39,6 +43,9 @@ class Limits:
     max_nodes: int = 2**23
     max_elements: int = 2**38
     max_expanded_elements: int = 2**26
+    max_json_bytes: int = 2**27
+    max_inflated_bytes: int = 2**26
+    max_files: int = 2**12
 
     def __post_init__(self) -> None:
         for field in fields(self):

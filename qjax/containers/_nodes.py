@@ -1,13 +1,14 @@
 """What a tree is made of, besides numpy arrays, dicts, lists, tuples and Python scalars. All of it is inert data."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
 # A tree is recursive through Any: precise recursive aliases over dict and list are invariant and reject real trees.
 Tree = Any
+Array = np.ndarray[Any, np.dtype[Any]]
 
 QTENSOR = "torch._utils._rebuild_qtensor"
 DEVICE = "torch.device"
@@ -56,15 +57,49 @@ class Call:
     args: tuple[Any, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
+class Object:
+    """What a file says about an object of a class, or the result of a function, that this room does not build.
+
+    Nothing is imported for it: it is the name, and what the file would have handed to it. A module that was saved whole,
+    a tensor subclass such as torchao's and each module of a TorchScript archive are such objects. Compares by identity.
+
+    Args:
+        name: the dotted name of the class or the function.
+        args: what it would have been called with.
+        state: what would have become its attributes: a dict for most classes.
+        items: what would have been put into it: elements where the class is a list, pairs where it is a dict.
+
+    Examples:
+        >>> Object("torch.nn.modules.linear.Linear", state={"in_features": 3}).attributes["in_features"]
+        3
+    """
+
+    name: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list[Any])
+
+    @property
+    def attributes(self) -> dict[Any, Any]:
+        """The state as a dict; slots and attributes as one; empty where the state is something else."""
+        state: Any = self.state
+        parts = cast("tuple[Any, ...]", state) if type(state) is tuple else (state,)
+        if not all(part is None or isinstance(part, dict) for part in parts):
+            return {}
+        return {key: value for part in parts if part for key, value in part.items()}
+
+
 class RawTensor:
     """A tensor whose dtype numpy does not have: the bits of each element as an unsigned integer. Compares by identity.
 
     Args:
         dtype: torch's name, without ``torch.``: ``"bfloat16"`` (uint16 bits), ``"float8_e4m3fn"`` and the other float8
-            formats (uint8), ``"float4_e2m1fn_x2"`` (uint8, two values), ``"quint4x2"`` (uint8, one code 0..15; only
-            inside a `Call`).
-        bits: array of uint8 or uint16, in the tensor's shape.
+            formats (uint8), ``"float4_e2m1fn_x2"`` (uint8, two values), ``"float6_e2m3fn_x4"`` and
+            ``"float6_e3m2fn_x4"`` (uint8, three bytes hold four values; only safetensors has them), ``"quint4x2"``
+            (uint8, one code 0..15; only inside a `Call`).
+        bits: array of uint8 or uint16, in the tensor's shape; or a function that makes it when it is first asked for.
+        shape: of the bits; needed where they are a function.
 
     Examples:
         >>> one = RawTensor("bfloat16", np.array([0x3F80], np.uint16))
@@ -72,8 +107,23 @@ class RawTensor:
         [1.0]
     """
 
-    dtype: str
-    bits: np.ndarray[Any, np.dtype[Any]]
+    __slots__ = ("_bits", "dtype", "shape")
+
+    def __init__(self, dtype: str, bits: Array | Callable[[], Array], *, shape: tuple[int, ...] = ()) -> None:
+        self.dtype = dtype
+        self.shape: tuple[int, ...] = shape if callable(bits) else bits.shape
+        self._bits: Array | Callable[[], Array] = bits
+
+    @property
+    def bits(self) -> Array:
+        """The bits, in the tensor's shape."""
+        bits = self._bits
+        if callable(bits):
+            bits = self._bits = bits()
+        return bits
+
+    def __repr__(self) -> str:
+        return f"RawTensor({self.dtype!r}, shape={self.shape})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 Source of the opcodes: ``Lib/pickletools.py`` of CPython. Source of the subset: ``torch/_weights_only_unpickler.py``.
 
-The machine imports nothing and calls nothing but the constructors that its owner hands it.
+The machine imports nothing and calls nothing but the functions that its owner hands it.
 """
 
 import pickletools
@@ -13,28 +13,15 @@ from typing import Any, cast
 from ._checks import as_tuple, exact
 from ._errors import FormatError, quoted
 from ._limits import Limits
-from ._nodes import Record
+from ._nodes import Global, Object, Record
+from ._torch_names import is_alarming
 
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _MAX_GLOBAL_BYTES = 512
 _MAX_KEY_LENGTH = 32
 _MAX_INT_KEY = 2**60  # below it equal hashes mean equal ints, so a file cannot make dict lookups slow
-_KEY_TYPES = (str, int, float, bool, bytes, type(None))
+_KEY_TYPES = (str, int, float, bool, bytes, type(None), Global)
 _RESAVE = "Save it again with torch.save, whose default is protocol 2."
-
-
-class Constructor:
-    """What a GLOBAL yields when it names an allow-listed function: the one thing that REDUCE accepts.
-
-    Args:
-        name: the dotted name in the file.
-        build: makes the node from the file's arguments; raises `FormatError`, and nothing else, on bad ones.
-    """
-
-    def __init__(self, name: str, build: Callable[[tuple[Any, ...]], Any]) -> None:
-        self.name = name
-        self.build = build
-        self.description = f"the function {name}"
 
 
 class PickleMachine:
@@ -45,10 +32,13 @@ class PickleMachine:
 
     Args:
         data: the pickle.
-        allowed: dotted global name -> the token that stands for it; a `Constructor` may be called.
+        allowed: dotted global name -> what REDUCE may call for it, or None where the name is a value and no more. A
+            function takes the file's arguments and makes the node; it raises `FormatError`, and nothing else, on bad ones.
         persistent_load: makes the object for a persistent id.
         limits: gives `max_pickle_bytes` and `max_opcodes`.
         record: what to call the pickle in messages.
+        inert: whether a name outside `allowed` may stand in the tree, as a `Global`, and be called, to give an `Object`.
+        whole: the pickle takes all of `data`; else `position` says where it ended.
 
     Examples:
         >>> machine = PickleMachine(b"\x80\x02K\x01K\x02\x86.", {}, lambda key: key, Limits())
@@ -59,17 +49,23 @@ class PickleMachine:
     def __init__(
         self,
         data: bytes | memoryview,
-        allowed: Mapping[str, Any],
+        allowed: Mapping[str, Callable[[tuple[Any, ...]], Any] | None],
         persistent_load: Callable[[Any], Any],
         limits: Limits,
         record: str = "pickle",
+        *,
+        inert: Callable[[str], bool] = lambda name: False,
+        whole: bool = True,
     ) -> None:
         self._data = memoryview(data)
         self._allowed = allowed
         self._persistent_load = persistent_load
         self._limits = limits
         self._record = record
-        self._position = 0
+        self._inert = inert
+        self._whole = whole
+        self.position = 0
+        self._globals: dict[str, Global] = {}
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._floor = 0  # the innermost mark: nothing below it may be popped
@@ -77,6 +73,7 @@ class PickleMachine:
         self._opcodes: dict[int, Callable[[], None]] = {
             ord("c"): self._global,
             ord("R"): self._reduce,
+            0x81: self._reduce,  # NEWOBJ: cls.__new__(cls, *args), which is a call to us
             ord("b"): self._build,
             ord("Q"): lambda: self._push(self._persistent_load(self._pop())),
             ord("a"): self._append,
@@ -116,7 +113,7 @@ class PickleMachine:
         Raises:
             FormatError: anything but well-formed, allow-listed data.
         """
-        if self._data.nbytes > self._limits.max_pickle_bytes:
+        if self._whole and self._data.nbytes > self._limits.max_pickle_bytes:
             raise FormatError(
                 f"a pickle of {self._data.nbytes} bytes",
                 expected=f"at most Limits.max_pickle_bytes = {self._limits.max_pickle_bytes}",
@@ -127,7 +124,7 @@ class PickleMachine:
         try:
             self._protocol()
             for _ in range(self._limits.max_opcodes):
-                start, opcode = self._position, None
+                start, opcode = self.position, None
                 opcode = self._take(1)[0]
                 if opcode == ord("."):
                     return self._stop()
@@ -153,27 +150,27 @@ class PickleMachine:
             raise FormatError(f"bytes {head!r}", expected=r"a pickle of protocol 2, which starts with b'\x80\x02'")
         if head[1] != 2:
             raise FormatError(f"pickle protocol {head[1]}", expected="protocol 2", mend=_RESAVE)
-        self._position = 2
+        self.position = 2
 
     def _stop(self) -> Any:
         if len(self._stack) != 1 or self._marks:
             raise FormatError(f"{len(self._stack)} objects on the stack at the end", expected="one")
-        if self._position != self._data.nbytes:
-            raise FormatError(f"{self._data.nbytes - self._position} bytes after STOP", expected="none")
+        if self._whole and self.position != self._data.nbytes:
+            raise FormatError(f"{self._data.nbytes - self.position} bytes after STOP", expected="none")
         return self._stack[0]
 
     # --- bytes
 
     def _take(self, count: int) -> bytes:
-        end = self._position + count
+        end = self.position + count
         if end > self._data.nbytes:
             raise FormatError(
-                f"{self._data.nbytes - self._position} bytes to the end of the pickle",
+                f"{self._data.nbytes - self.position} bytes to the end of the pickle",
                 expected=f"{count} more",
                 mend="The file is damaged: copy or download it again.",
             )
-        taken = bytes(self._data[self._position : end])
-        self._position = end
+        taken = bytes(self._data[self.position : end])
+        self.position = end
         return taken
 
     def _uint32(self) -> int:
@@ -189,11 +186,11 @@ class PickleMachine:
         self._push(int.from_bytes(self._take(self._take(1)[0]), "little", signed=True))
 
     def _line(self) -> str:
-        window = bytes(self._data[self._position : self._position + _MAX_GLOBAL_BYTES])
+        window = bytes(self._data[self.position : self.position + _MAX_GLOBAL_BYTES])
         end = window.find(b"\n")
         if end < 0:
             raise FormatError("a global name without an end", expected=f"a newline within {_MAX_GLOBAL_BYTES} bytes")
-        self._position += end + 1
+        self.position += end + 1
         try:
             return window[:end].decode("utf-8")
         except UnicodeDecodeError as error:
@@ -249,64 +246,87 @@ class PickleMachine:
 
     def _append(self) -> None:
         item = self._pop()
-        self._list().append(item)
+        self._elements().append(item)
 
     def _appends(self) -> None:
         items = self._pop_mark()
-        self._list().extend(items)
+        self._elements().extend(items)
 
-    def _list(self) -> list[Any]:
+    def _elements(self) -> list[Any]:
         target = self._top()
+        if type(target) is Object:
+            return target.items
         if type(target) is not list:
             raise FormatError(f"an item for a {type(target).__name__}", expected="a list to append to")
         return cast("list[Any]", target)
 
     def _setitem(self) -> None:
-        key, value = self._pop_many(2)
-        self._dict()[_checked_key(key)] = value
+        self._fill(self._pop_many(2))
 
     def _setitems(self) -> None:
         items = self._pop_mark()
         if len(items) % 2:
             raise FormatError(f"{len(items)} objects", expected="pairs of a key and a value")
-        target = self._dict()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_checked_key(key)] = value
+        self._fill(items)
 
-    def _dict(self) -> dict[Any, Any]:
+    def _fill(self, items: list[Any]) -> None:
         target = self._top()
-        if type(target) is not dict and type(target) is not Record:
+        pairs = [(_checked_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
+        if type(target) is Object:
+            target.items.extend(pairs)
+        elif type(target) is dict or type(target) is Record:
+            cast("dict[Any, Any]", target).update(pairs)
+        else:
             raise FormatError(f"an item for a {type(target).__name__}", expected="a dict")
-        return cast("dict[Any, Any]", target)
 
     # --- the three opcodes that make pickle dangerous
 
     def _global(self) -> None:
         name = f"{self._line()}.{self._line()}"
-        if name not in self._allowed:
-            raise FormatError(
-                f"the global {quoted(name)}",
-                expected="a name on the allow-list of tensor constructors, dtypes and quantization schemes",
-                mend="Nothing was imported or executed. If you trust the file, load it with the program that wrote it "
-                "and save a state_dict of plain tensors.",
-            )
-        self._push(self._allowed[name])
+        token = self._globals.get(name)
+        if token is None:
+            if name not in self._allowed and not self._inert(name):
+                mend = "Nothing was imported or executed. " + (
+                    "A program that loads this file for real would run it: do not trust the file."
+                    if is_alarming(name)
+                    else 'If the file is a module that was saved whole, read it with objects="inert"; or load it with '
+                    "the program that wrote it and save a state_dict of plain tensors."
+                )
+                raise FormatError(
+                    f"the global {quoted(name)}",
+                    expected="a name on the allow-list of tensor constructors, dtypes and quantization schemes",
+                    mend=mend,
+                )
+            token = self._globals[name] = Global(name)
+        self._push(token)
 
     def _reduce(self) -> None:
         function, args = self._pop_many(2)
-        if type(function) is not Constructor:
+        if type(function) is not Global:
             raise FormatError(f"a call of a {type(function).__name__}", expected="an allow-listed function")
         if type(args) is not tuple:
             raise FormatError(f"a {type(args).__name__} as arguments of {function.name}", expected="a tuple")
+        arguments = cast("tuple[Any, ...]", args)
+        if function.name not in self._allowed:
+            self._push(Object(function.name, arguments))
+            return
+        build = self._allowed[function.name]
+        if build is None:
+            raise FormatError(f"a call of {function.name}", expected="an allow-listed function")
         try:
-            self._push(function.build(cast("tuple[Any, ...]", args)))
+            self._push(build(arguments))
         except FormatError as error:
-            error.locate(place=f"record {quoted(self._record)}, byte {self._position - 1} (REDUCE {function.name})")
+            error.locate(place=f"record {quoted(self._record)}, byte {self.position - 1} (REDUCE {function.name})")
             raise
 
     def _build(self) -> None:
         state = self._pop()
         target = self._top()
+        if type(target) is Object:
+            if target.state is not None:
+                raise FormatError("a second state for an object", expected="one")
+            target.state = state
+            return
         if type(target) is not Record:
             raise FormatError(f"a state for a {type(target).__name__}", expected="an OrderedDict")
         fields = cast("dict[Any, Any]", state) if type(state) is dict else {}
@@ -324,7 +344,8 @@ def _checked_key(key: Any) -> Any:
     for part in parts:
         if not exact(part, *_KEY_TYPES):
             raise FormatError(
-                f"a dict key with a {type(part).__name__}", expected="str, bytes, numbers, None, or a tuple of them"
+                f"a dict key with a {type(part).__name__}",
+                expected="str, bytes, numbers, None, names, or a tuple of them",
             )
         if exact(part, int) and abs(part) > _MAX_INT_KEY:
             raise FormatError(f"a dict key of {part.bit_length()} bits", expected="an int of at most 60 bits")

@@ -6,36 +6,38 @@ import numpy as np
 
 from ._errors import FormatError
 from ._limits import Limits
+from ._nodes import Array
 
 _MAX_DIMENSIONS = 32  # what every numpy can hold
 
 
-def strided_view(
-    storage: np.ndarray[Any, np.dtype[Any]], offset: object, size: object, stride: object, limits: Limits
-) -> np.ndarray[Any, np.dtype[Any]]:
-    """The tensor that torch describes by an offset, sizes and strides, as a view of its storage.
+def checked_geometry(
+    count: int, offset: object, size: object, stride: object, limits: Limits, *, first: int = 0
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Offset, sizes and strides that stay within a storage.
 
-    Element ``(i, j, …)`` is ``storage[offset + i·stride[0] + j·stride[1] + …]``. Everything is checked in Python
-    integers, which do not wrap, before numpy sees it; numpy then checks the bounds once more.
+    Everything is checked in Python integers, which do not wrap, before numpy sees it; numpy then checks the bounds once
+    more.
 
     Args:
-        storage: one-dimensional, contiguous, read-only.
+        count: elements of the storage.
         offset: first element, as found in the file.
         size: shape, as found in the file.
         stride: strides in elements, as found in the file.
         limits: gives `max_elements` and `max_expanded_elements`.
+        first: what to add to the offset.
 
     Returns:
-        A read-only view; nothing is copied.
+        ``(start, shape, strides)``.
 
     Raises:
         FormatError: not integers, negative, out of bounds, or too many elements.
 
     Examples:
-        >>> strided_view(np.arange(6), 1, (2, 2), (3, 1), Limits()).tolist()
-        [[1, 2], [4, 5]]
+        >>> checked_geometry(6, 1, (2, 2), (3, 1), Limits())
+        (1, (2, 2), (3, 1))
     """
-    start = _integers((offset,), "offset")[0]
+    start = first + _integers((offset,), "offset")[0]
     shape = _integers(size, "size")
     steps = _integers(stride, "stride")
     if len(shape) != len(steps) or len(shape) > _MAX_DIMENSIONS:
@@ -47,7 +49,8 @@ def strided_view(
         # Nothing is addressed, so strides and offset mean nothing; but numpy still needs the shape to be countable.
         if max(shape) > limits.max_elements:
             raise FormatError(f"size {max(shape)}", expected=f"at most Limits.max_elements = {limits.max_elements}")
-        return _empty(shape, storage.dtype)
+        _empty(shape, np.dtype(np.complex128))
+        return 0, shape, steps
     numel = 1
     for length in shape:
         numel *= length
@@ -56,30 +59,51 @@ def strided_view(
                 f"a tensor of at least {numel} elements",
                 expected=f"at most Limits.max_elements = {limits.max_elements}",
             )
-    if numel > storage.size and numel > limits.max_expanded_elements:
+    if numel > count and numel > limits.max_expanded_elements:
         raise FormatError(
-            f"a tensor of {numel} elements over a storage of {storage.size}",
+            f"a tensor of {numel} elements over a storage of {count}",
             expected=f"at most Limits.max_expanded_elements = {limits.max_expanded_elements} for an expanded tensor",
             mend="Save tensor.contiguous() instead of an expanded view.",
         )
     last = start + sum((length - 1) * step for length, step in zip(shape, steps, strict=True))
-    if last >= storage.size:
+    if last >= count:
         raise FormatError(
-            f"a tensor that reaches element {last} of a storage of {storage.size}",
+            f"a tensor that reaches element {last} of a storage of {count}",
             expected="offset, size and stride within the storage",
             mend="The file is damaged or forged.",
         )
+    return start, shape, steps
+
+
+def strided_view(storage: Array, start: int, shape: tuple[int, ...], steps: tuple[int, ...]) -> Array:
+    """The tensor that torch describes by an offset, sizes and strides, as a view of its storage.
+
+    Element ``(i, j, …)`` is ``storage[start + i·steps[0] + j·steps[1] + …]``.
+
+    Args:
+        storage: one-dimensional, contiguous, read-only.
+        start: first element; this and the next two from `checked_geometry`.
+        shape: sizes.
+        steps: strides in elements.
+
+    Returns:
+        A read-only view; nothing is copied.
+
+    Examples:
+        >>> strided_view(np.arange(6), 1, (2, 2), (3, 1)).tolist()
+        [[1, 2], [4, 5]]
+    """
+    if 0 in shape:
+        return _empty(shape, storage.dtype)
     itemsize = storage.dtype.itemsize
     # A stride along an axis of length 1 addresses nothing and may be as large as the file likes.
     strides = tuple(step * itemsize if length > 1 else itemsize for length, step in zip(shape, steps, strict=True))
-    view: np.ndarray[Any, np.dtype[Any]] = np.ndarray(
-        shape, storage.dtype, cast("Any", storage.data), start * itemsize, strides
-    )
+    view: Array = np.ndarray(shape, storage.dtype, cast("Any", storage.data), start * itemsize, strides)
     view.flags.writeable = False
     return view
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     # numpy multiplies the non-zero lengths, and refuses a product that overflows.
     try:
         array = np.empty(shape, dtype)

@@ -3,6 +3,7 @@
 Source: ``torch/storage.py``, ``torch/_weights_only_unpickler.py``.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +91,73 @@ VALUES: frozenset[str] = QSCHEMES | frozenset(
     )
 )
 """Globals that stand for themselves: dtypes and quantization schemes."""
+
+_LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged", "_mkldnn")
+LAYOUTS: frozenset[str] = frozenset(f"torch.{name}" for name in _LAYOUTS)
+
+_PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+PLAIN_TENSORS: frozenset[str] = frozenset(_PLAIN_TENSORS)
+"""Classes of tensors that are what they hold."""
+
+_KNOWN_OBJECTS = frozenset(
+    (
+        *_PLAIN_TENSORS,
+        "torch.ScriptObject",  # packed parameters; its state is (state, "__torch__.torch.classes.…")
+        "torch._utils._rebuild_wrapper_subclass",
+        *(f"torch._utils._rebuild_{kind}" for kind in ("sparse_tensor", "meta_tensor_no_storage", "nested_tensor")),
+        *(f"torch._utils._rebuild_device_tensor_from_{kind}" for kind in ("numpy", "cpu_tensor")),
+        "collections.Counter",
+        "collections.defaultdict",
+        *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset")),
+        *(f"numpy{core}.multiarray.{name}" for core in (".core", "._core") for name in ("scalar", "_reconstruct")),
+        "numpy.dtype",
+        "numpy.ndarray",
+    )
+)
+_KNOWN_LIBRARIES = ("torchao.",)  # tensor subclasses and their enums
+
+
+def is_known_object(name: str) -> bool:
+    """Whether a state_dict may hold an object of this class, to be shown as an `Object`.
+
+    Args:
+        name: a dotted name.
+
+    Returns:
+        True if it may.
+
+    Examples:
+        >>> is_known_object("torchao.quantization.Int8Tensor"), is_known_object("torch.nn.modules.linear.Linear")
+        (True, False)
+    """
+    return name in _KNOWN_OBJECTS or name.startswith(_KNOWN_LIBRARIES)
+
+
+# Nothing here runs either way. But no model is made of these, and the program that loads the file for real would run
+# them: whoever asks what the file is should hear that.
+_ALARMING = re.compile(
+    r"(os|posix|nt|posixpath|ntpath|subprocess|_posixsubprocess|commands|popen2|pty|shutil|tempfile|signal|sys|site"
+    r"|importlib|imp|zipimport|pkgutil|runpy|code|codeop|bdb|pdb|timeit|cProfile|profile|trace|doctest|pydoc"
+    r"|_?pickle|cPickle|marshal|shelve|dill|cloudpickle|joblib|_?ctypes|_?winreg|msvcrt|asyncio|multiprocessing"
+    r"|_?socket|ssl|http|httplib|urllib[23]?|requests|aiohttp|ftplib|smtplib|webbrowser|antigravity"
+    r"|venv|pip|ensurepip|distutils|setuptools|torch\.hub|torch\.serialization)\."
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|(raw_)?input|breakpoint|globals|locals|vars"
+    r"|setattr|delattr|apply|help|exit|quit|__\w*)$"
+    r"|torch\.load$|torch\.jit\.load$|torch\.storage\._load_from_bytes$"
+)
+
+
+def is_alarming(name: str) -> bool:
+    """Whether a name has no place in a model, though nothing would be executed for it.
+
+    Args:
+        name: a dotted name.
+
+    Returns:
+        True for what runs commands, opens files, loads other files or fetches code.
+
+    Examples:
+        >>> is_alarming("posix.system"), is_alarming("my_project.Net")
+        (True, False)
+    """
+    return _ALARMING.match(name) is not None

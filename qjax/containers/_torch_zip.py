@@ -6,83 +6,33 @@ from typing import IO, Any
 import numpy as np
 
 from ._atomic import replace_file
-from ._detect import describe, not_yet, torch_prefix
 from ._errors import FormatError, quoted
-from ._limits import Limits
 from ._nodes import Tree
-from ._pickle_machine import PickleMachine
+from ._options import Options
 from ._pickle_writer import PickleWriter
-from ._source import Source, label, open_source
-from ._torch_rebuild import TorchRebuilder
-from ._tree_check import check_tree
-from ._zip_reader import ZipRecords, read_directory
+from ._source import label
+from ._torch_pickle import read_pickle
+from ._zip_reader import ZipRecords
 from ._zip_writer import ZipWriter
 
 _NEWEST_VERSION = 10
 
 
-def read(source: Source, *, limits: Limits | None = None, check_crc: bool = True) -> Tree:
-    """Read a checkpoint, whatever its kind, as far as this package knows it.
-
-    The kind is taken from the content, never from the name. Known today: the ZIP archives of ``torch.save``.
+def read_torch_records(records: ZipRecords, prefix: str, options: Options) -> Tree:
+    """The tree of an archive that torch.save wrote (PyTorch 1.6 and later).
 
     Args:
-        source: a path, or the bytes of a file.
-        limits: bounds on what is accepted; ``Limits()`` when None.
-        check_crc: as in `read_torch_zip`.
+        records: of the archive.
+        prefix: its folder.
+        options: how to read.
 
     Returns:
-        The tree: see `read_torch_zip`.
-
-    Raises:
-        FormatError: the file is damaged, hostile, or of a kind that is not read.
-        OSError: the file cannot be opened.
-
-    Examples:
-        >>> read(b"GGUF")
-        Traceback (most recent call last):
-        qjax.containers._errors.FormatError: <bytes>: found a GGUF file; expected a torch.save ZIP archive; ...
-    """
-    return read_torch_zip(source, limits=limits, check_crc=check_crc)
-
-
-def read_torch_zip(source: Source, *, limits: Limits | None = None, check_crc: bool = True) -> Tree:
-    """Read a file that torch.save wrote (PyTorch 1.6 and later), without PyTorch and without executing any of it.
-
-    Tensors are read-only numpy arrays over a memory map of the file: do not shorten the file while they are in use
-    (`write_torch_zip` to the same path is fine). Dtypes that numpy lacks come as `RawTensor`, quantized tensors and
-    devices as `Call`, parameters as `Parameter`, an OrderedDict as `Record`, dtypes and quantization schemes as
-    `Global`, ``torch.Size`` as a tuple. ``requires_grad`` of a tensor that is not a parameter is dropped. A tensor that
-    occurs twice in the file is one object in the tree.
-
-    Args:
-        source: a path, or the bytes of a file.
-        limits: bounds on what is accepted; ``Limits()`` when None.
-        check_crc: compare checksums, which reads every byte of every tensor once. False opens a large file without
-            touching its tensors, and reads files saved under ``torch.serialization.set_crc32_options(False)``.
-
-    Returns:
-        The tree of containers, scalars and arrays that was saved.
+        The tree.
 
     Raises:
         FormatError: anything in the file that is damaged, forged, or outside the allow-list.
-        OSError: the file cannot be opened.
-
-    Examples:
-        >>> import os, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = os.path.join(folder, "model.pt")
-        ...     write_torch_zip(path, {"weight": np.eye(2, dtype=np.float32), "step": 3})
-        ...     tree = read_torch_zip(path)
-        >>> tree["weight"].tolist(), tree["step"]
-        ([[1.0, 0.0], [0.0, 1.0]], 3)
     """
-    limits = limits or Limits()
-    try:
-        return _read(open_source(source, limits), limits, check_crc)
-    except FormatError as error:
-        error.locate(file=label(source))
-        raise
+    return read_pickle(records, f"{prefix}/data.pkl", f"{prefix}/data/", options)
 
 
 def write_torch_zip(path: str | os.PathLike[str], tree: Tree) -> None:
@@ -94,7 +44,7 @@ def write_torch_zip(path: str | os.PathLike[str], tree: Tree) -> None:
 
     Args:
         path: the file to write or replace.
-        tree: dicts, lists, tuples, scalars, numpy arrays and the nodes of this package; see `read_torch_zip`.
+        tree: dicts, lists, tuples, scalars, numpy arrays and the nodes of this package; see `read`.
 
     Raises:
         TypeError: a node or an array dtype that the format has no place for; the message names the path of keys.
@@ -125,51 +75,16 @@ def write_torch_zip(path: str | os.PathLike[str], tree: Tree) -> None:
     replace_file(path, write)
 
 
-def _read(buffer: memoryview, limits: Limits, check_crc: bool) -> Any:
-    if bytes(buffer[:4]) != b"PK\3\4":
-        kind, mend = describe(buffer)
-        if kind:
-            raise not_yet(kind, mend)
-        raise FormatError(
-            f"bytes {bytes(buffer[:4])!r}",
-            expected=r"a torch.save ZIP archive, which starts with b'PK\x03\x04'",
-            place="byte 0",
-            mend="Check that the path is that of a checkpoint, and copy or download it again.",
-        )
-    directory = read_directory(buffer, limits)
-    # Before the entries are checked: other kinds of archive have other rules, and should be told what they are.
-    prefix = torch_prefix(tuple(entry.orig_filename for entry in directory[0]))
-    records = ZipRecords(buffer, directory, check_crc=check_crc)
-    _check_version(records, prefix)
-    pickle_name = f"{prefix}/data.pkl"
-    # Before its checksum is computed, which for a lying size takes time.
-    if records.size(pickle_name) > limits.max_pickle_bytes:
-        raise FormatError(
-            f"a pickle of {records.size(pickle_name)} bytes",
-            expected=f"at most Limits.max_pickle_bytes = {limits.max_pickle_bytes}",
-            place=f"record {quoted(pickle_name)}",
-        )
-    data = records.read(pickle_name)
+def check_version(records: ZipRecords, prefix: str) -> None:
+    """Look at the version of the archive.
 
-    def read_storage(key: str) -> memoryview:
-        name = f"{prefix}/data/{key}"
-        if name not in records:
-            raise FormatError(f"no record {quoted(name)}", expected="one for each storage", mend="The file is damaged.")
-        return records.read(name)
+    Args:
+        records: of the archive.
+        prefix: its folder.
 
-    rebuilder = TorchRebuilder(
-        read_storage, limits, big_endian=_is_big_endian(records, prefix), text_budget=data.nbytes
-    )
-    tree = PickleMachine(data, rebuilder.allowed, rebuilder.persistent_load, limits, pickle_name).run()
-    try:
-        check_tree(tree, limits)
-    except FormatError as error:
-        error.locate(place=f"record {quoted(pickle_name)}")
-        raise
-    return tree
-
-
-def _check_version(records: ZipRecords, prefix: str) -> None:
+    Raises:
+        FormatError: it is newer than what is known here, or no version.
+    """
     for name in (f"{prefix}/version", f"{prefix}/.data/version"):
         if name in records:
             text = bytes(records.read(name)[:20])
@@ -179,14 +94,6 @@ def _check_version(records: ZipRecords, prefix: str) -> None:
                     expected=f"a number from 1 to {_NEWEST_VERSION}",
                     place=f"record {quoted(name)}",
                 )
-
-
-def _is_big_endian(records: ZipRecords, prefix: str) -> bool:
-    name = f"{prefix}/byteorder"
-    order = bytes(records.read(name)[:20]) if name in records else b"little"  # files older than torch 2.1 do not say
-    if order not in (b"little", b"big"):
-        raise FormatError(f"byte order {order!r}", expected="b'little' or b'big'", place=f"record {quoted(name)}")
-    return order == b"big"
 
 
 def _prefix(path: str | os.PathLike[str]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ._errors import FormatError
 from ._limits import Limits
-from ._nodes import Call, Global, Parameter, RawTensor, Record
+from ._nodes import Call, Global, Object, Parameter, RawTensor, Record
 
 _LEAVES = (str, int, float, complex, bool, bytes, type(None), np.ndarray, RawTensor, Global)
 
@@ -75,6 +75,9 @@ def _children(node: Any) -> tuple[Any, ...]:
         return (*record.values(), record.metadata)
     if kind is Call:
         return cast("Call", node).args
+    if kind is Object:
+        thing = cast("Object", node)
+        return (thing.args, thing.state, thing.items)
     if kind is Parameter:
         return (cast("Parameter", node).array,)
     raise FormatError(

@@ -7,6 +7,7 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import IO, cast
 
 from ._errors import FormatError, quoted
@@ -26,29 +27,40 @@ class ZipRecords:
     Args:
         buffer: all bytes of the archive.
         directory: from `read_directory`.
-        check_crc: compare the checksum of a record when it is first read.
+        limits: gives `max_inflated_bytes`.
+        check_crc: True compares the checksum of a record when it is first read; None those of `read` alone, which reads
+            what has to be looked at anyway, and not those of `storage`; False none.
+        deflated: entries may be deflated too; each is inflated when it is read.
 
     Raises:
         FormatError: one of the above does not hold.
     """
 
     def __init__(
-        self, buffer: memoryview, directory: tuple[list[zipfile.ZipInfo], int], *, check_crc: bool = True
+        self,
+        buffer: memoryview,
+        directory: tuple[list[zipfile.ZipInfo], int],
+        limits: Limits,
+        *,
+        check_crc: bool | None = True,
+        deflated: bool = False,
     ) -> None:
         self._buffer = buffer
         self._check_crc = check_crc
         self._checked: set[str] = set()
-        self._spans: dict[str, tuple[int, int, int]] = {}  # name -> (start, size, crc)
+        self._spans: dict[str, tuple[int, zipfile.ZipInfo]] = {}  # name -> (start, entry)
+        self._inflate_at_most = limits.max_inflated_bytes
+        self._max_inflated_bytes = limits.max_inflated_bytes
         entries, directory_start = directory
         previous_end = 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
             name = entry.orig_filename
             place = f"record {quoted(name)}"
-            _check_entry(entry, place)
+            _check_entry(entry, place, deflated)
             if name in self._spans:
                 raise FormatError("two records of this name", expected="one", place=place, mend=_TORN)
             start = _payload_start(buffer, entry, place)
-            end = start + entry.file_size
+            end = start + entry.compress_size
             if entry.header_offset < previous_end or end > directory_start:
                 raise FormatError(
                     f"bytes {entry.header_offset} to {end}, which belong to another record or to the directory",
@@ -57,17 +69,39 @@ class ZipRecords:
                     mend=_TORN,
                 )
             previous_end = end
-            self._spans[name] = (start, entry.file_size, entry.CRC)
+            self._spans[name] = (start, entry)
 
     def __contains__(self, name: str) -> bool:
         return name in self._spans
 
-    def size(self, name: str) -> int:
-        """Size of a record in bytes."""
-        return self._spans[name][1]
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
 
-    def read(self, name: str) -> memoryview:
-        """A view of a record's bytes.
+    def read(self, name: str, at_most: int = 2**16, limit: str = "") -> memoryview:
+        """The bytes of a record that has to be looked at: a pickle, a JSON text, a version.
+
+        Args:
+            name: the name of a record there is.
+            at_most: how many bytes are accepted.
+            limit: the field of `Limits` that says so.
+
+        Returns:
+            A flat, read-only memoryview.
+
+        Raises:
+            FormatError: the checksum is wrong, or the record is too large.
+        """
+        size = self._spans[name][1].file_size
+        if size > at_most:
+            raise FormatError(
+                f"a record of {size} bytes",
+                expected=f"at most {f'Limits.{limit} = ' if limit else ''}{at_most}",
+                place=f"record {quoted(name)}",
+            )
+        return self._bytes(name, self._check_crc is not False)
+
+    def storage(self, name: str) -> memoryview:
+        """The bytes of a record that holds a tensor, not looked at unless ``check_crc`` says so.
 
         Args:
             name: the name of a record there is.
@@ -76,22 +110,49 @@ class ZipRecords:
             A flat, read-only memoryview; nothing is copied.
 
         Raises:
-            FormatError: the checksum is wrong.
+            FormatError: the checksum is wrong, or the record is compressed.
         """
-        start, size, crc = self._spans[name]
-        view = self._buffer[start : start + size]
-        if self._check_crc and name not in self._checked:
+        if self._spans[name][1].compress_type != zipfile.ZIP_STORED:
+            raise FormatError("a compressed tensor", expected="stored bytes", place=f"record {quoted(name)}")
+        return self._bytes(name, bool(self._check_crc))
+
+    def _bytes(self, name: str, check: bool) -> memoryview:
+        start, entry = self._spans[name]
+        view = self._buffer[start : start + entry.compress_size]
+        if entry.compress_type != zipfile.ZIP_STORED:
+            view = memoryview(self._inflate(view, entry.file_size, f"record {quoted(name)}"))
+        if check and name not in self._checked:
             found = zlib.crc32(view)
-            if found != crc:
+            if found != entry.CRC:
                 raise FormatError(
                     f"CRC-32 {found:08x}",
-                    expected=f"{crc:08x}, as the directory says",
+                    expected=f"{entry.CRC:08x}, as the directory says",
                     place=f"record {quoted(name)}",
                     mend=f"The content is damaged: {_TORN[0].lower()}{_TORN[1:]} If it was saved under "
                     "torch.serialization.set_crc32_options(False), read it with check_crc=False.",
                 )
             self._checked.add(name)
         return view
+
+    def _inflate(self, view: memoryview, size: int, place: str) -> bytes:
+        # All records together, and each time one is asked for: a file cannot make a reader work for more.
+        self._inflate_at_most -= size
+        if self._inflate_at_most < 0:
+            raise FormatError(
+                "compressed records of too many bytes",
+                expected=f"at most Limits.max_inflated_bytes = {self._max_inflated_bytes}",
+                place=place,
+            )
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = machine.decompress(view, size + 1)
+        except zlib.error as error:
+            raise FormatError(f"damaged compressed data ({error})", place=place, mend=_TORN) from error
+        if len(data) != size or not machine.eof:
+            raise FormatError(
+                "more or fewer compressed bytes than the directory says", expected=f"{size}", place=place, mend=_TORN
+            )
+        return data
 
 
 class _BoundedFile(io.RawIOBase):
@@ -163,17 +224,17 @@ def read_directory(buffer: memoryview, limits: Limits) -> tuple[list[zipfile.Zip
     return entries, archive.start_dir
 
 
-def _check_entry(entry: zipfile.ZipInfo, place: str) -> None:
+def _check_entry(entry: zipfile.ZipInfo, place: str, deflated: bool) -> None:
     if entry.flag_bits & 0x2041:
         raise FormatError("an encrypted record", expected="plain bytes", place=place)
-    if entry.compress_type != zipfile.ZIP_STORED:
+    if entry.compress_type != zipfile.ZIP_STORED and not (deflated and entry.compress_type == zipfile.ZIP_DEFLATED):
         raise FormatError(
             f"compression method {entry.compress_type}",
-            expected="method 0 (stored), the only one that torch.save uses",
+            expected=f"method 0 (stored){' or 8 (deflated)' if deflated else ', the only one that torch.save uses'}",
             place=place,
             mend="Unpack the archive and zip it again with `zip -0`, or save it again with torch.save.",
         )
-    if entry.compress_size != entry.file_size:
+    if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
         raise FormatError(
             f"{entry.compress_size} stored bytes for a size of {entry.file_size}",
             expected="equal sizes",
@@ -200,10 +261,10 @@ def _payload_start(buffer: memoryview, entry: zipfile.ZipInfo, place: str) -> in
     local_name = bytes(buffer[name_start : name_start + name_size])
     # What a reader of the directory sees and what a reader of the stream sees must be one archive.
     encoding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
-    if local_name != entry.orig_filename.encode(encoding) or method != 0 or flags & 0x2041:
+    if local_name != entry.orig_filename.encode(encoding) or method != entry.compress_type or flags & 0x2041:
         raise FormatError(
             f"a local header for {quoted(local_name.decode('latin-1'))}, method {method}, flags {flags:#06x}",
-            expected="the name, method 0 and flags that the directory gives",
+            expected="the name, method and flags that the directory gives",
             place=place,
             mend=_TORN,
         )

@@ -231,7 +231,7 @@ def _foreign_calls(exported: Any) -> list[str]:
 
 
 def _load(buffer: memoryview, limits: Limits) -> SavedProgram:
-    records = ZipRecords(buffer, read_directory(buffer, limits))
+    records = ZipRecords(buffer, read_directory(buffer, limits), limits)
     header = _header(_record(records, "program.json", _JSON_BYTES))
     try:
         arrays = [_array(records, f"arrays/{i}", shape, limits) for i, shape in enumerate(header["arrays"])]
@@ -254,9 +254,7 @@ def _load(buffer: memoryview, limits: Limits) -> SavedProgram:
 def _record(records: ZipRecords, name: str, most: int) -> bytes:
     if name not in records:
         raise FormatError(f"no record {name!r}", expected="a program that IntegerProgram.save wrote")
-    if records.size(name) > most:
-        raise FormatError(f"{records.size(name)} bytes", expected=f"at most {most}", place=f"record {name!r}")
-    return bytes(records.read(name))
+    return bytes(records.read(name, most))
 
 
 def _header(data: bytes) -> dict[str, Any]:
@@ -280,9 +278,12 @@ def _array(records: ZipRecords, name: str, shape: Any, limits: Limits) -> np.nda
     count = 1
     for size in sizes:
         count = min(count * size, limits.max_elements + 1)
-    if name not in records or count > limits.max_elements or records.size(name) != count * dtype.itemsize:
-        raise FormatError("another number of bytes than its shape says, or no record", place=f"record {name!r}")
-    return np.frombuffer(records.read(name), dtype).reshape(sizes)
+    if name not in records or count > limits.max_elements:
+        raise FormatError("no record, or a shape of more elements than Limits allows", place=f"record {name!r}")
+    data = records.read(name, count * dtype.itemsize)
+    if len(data) != count * dtype.itemsize:
+        raise FormatError("fewer bytes than its shape says", place=f"record {name!r}")
+    return np.frombuffer(data, dtype).reshape(sizes)
 
 
 def _dtype(name: Any) -> np.dtype:

@@ -7,12 +7,20 @@ from collections.abc import Mapping
 import numpy as np
 
 
-def archive(records: Mapping[str, bytes], *, compression: int = zipfile.ZIP_STORED, prefix: str = "m") -> bytes:
+def archive(
+    records: Mapping[str, bytes],
+    *,
+    compression: int = zipfile.ZIP_STORED,
+    prefix: str = "m",
+    deflated: Mapping[str, bytes] | None = None,
+) -> bytes:
     """A ZIP archive with these records under a prefix."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as target:
         for name, data in records.items():
             target.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), data, compress_type=compression)
+        for name, data in (deflated or {}).items():
+            target.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), data, compress_type=zipfile.ZIP_DEFLATED)
     return file.getvalue()
 
 

@@ -333,20 +333,6 @@ def test_files_without_real_checksums(tmp_path):
     np.testing.assert_array_equal(containers.read(path, check_crc=False), np.arange(4))
 
 
-def test_legacy_torchscript_and_whole_modules_are_named(tmp_path):
-    torch.save({"w": torch.ones(2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(containers.FormatError, match=r"legacy .*does not read that kind yet"):
-        containers.read(tmp_path / "legacy.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pt")
-    with pytest.raises(containers.FormatError, match=r"TorchScript .*does not read that kind yet"):
-        containers.read(tmp_path / "script.pt")
-    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
-    with pytest.raises(containers.FormatError, match=r"torch\.nn\.modules\.linear\.Linear.*Nothing was imported"):
-        containers.read(tmp_path / "module.pt")
-
-
 def test_lazy_views_are_refused(tmp_path):
     path = save(tmp_path, torch.ones(2, dtype=torch.complex64).conj())
     with pytest.raises(containers.FormatError, match="resolve_conj"):
