@@ -109,15 +109,15 @@ def read_index(
     weight_map = json_object(index.get("weight_map"), "index, weight_map")
     if not folder:
         raise FormatError("an index of shards", expected="a path: an index as bytes has no files beside it")
-    files = list(dict.fromkeys(weight_map.values() if all(map(_is_plain, weight_map.values())) else ()))
-    if not files:
-        bad = next((name for name in weight_map.values() if not _is_plain(name)), None)
+    bad = [name for name in weight_map.values() if not _is_plain(name)]
+    if bad or not weight_map:
         raise FormatError(
-            "no shards" if bad is None else f"the shard {quoted(str(bad))}",
+            f"the shard {quoted(str(bad[0]))}" if bad else "no shards",
             expected="names of files in the folder of the index",
             place="index, weight_map",
             mend="Nothing outside that folder is read.",
         )
+    files = list(dict.fromkeys(weight_map.values()))
     if len(files) > limits.max_files:
         raise FormatError(f"{len(files)} shards", expected=f"at most Limits.max_files = {limits.max_files}")
     kinds: dict[str, str] = {}

@@ -46,16 +46,17 @@ def read_legacy(buffer: memoryview, options: Options) -> Any:
     start = reader.position
     # The storages come after the pickle that names them, and where they lie follows from their sizes: so the pickle is
     # run twice, first for the sizes alone, with all else inert.
-    sizes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}  # key -> (elements, bytes)
 
     def collect(key: Any) -> Any:
         if is_module(key):
             return key[1]
         element, name, numel, _ = storage_id(key)
-        nbytes = numel * (element.dtype.itemsize if element else 1)
-        if numel < 0 or sizes.setdefault(name, nbytes) != nbytes:
+        size = numel, numel * (element.dtype.itemsize if element else 1)
+        if numel < 0 or sizes.setdefault(name, size) != size:
             raise FormatError(
-                f"a storage {quoted(name)} of {numel} elements, and {sizes.get(name)} bytes before", expected="one size"
+                f"a storage {quoted(name)} of {numel} elements, {size[1]} bytes",
+                expected=f"as many wherever it is named: {sizes.get(name)}" if name in sizes else "0 or more",
             )
         return None
 
@@ -130,7 +131,7 @@ def is_module(key: Any) -> bool:
     return len(parts) == 4 and exact(parts[0], str) and parts[0] == "module" and exact(parts[1], Global)
 
 
-def _storages(reader: _Reader, sizes: dict[str, int]) -> dict[str, Storage]:
+def _storages(reader: _Reader, sizes: dict[str, tuple[int, int]]) -> dict[str, Storage]:
     keys = reader.pickle("the storage keys")
     if not exact(keys, list) or not all(exact(key, str) for key in keys) or sorted(keys) != sorted(sizes):
         raise FormatError(
@@ -141,21 +142,22 @@ def _storages(reader: _Reader, sizes: dict[str, int]) -> dict[str, Storage]:
     storages: dict[str, Storage] = {}
     for key in keys:
         place = f"storage {quoted(key)}"
+        numel, nbytes = sizes[key]
         head = bytes(reader.buffer[reader.position : reader.position + 8])
         start = reader.position + 8
-        data = reader.buffer[start : start + sizes[key]]
-        if len(head) < 8 or data.nbytes < sizes[key]:
+        data = reader.buffer[start : start + nbytes]
+        if len(head) < 8 or data.nbytes < nbytes:
             raise FormatError(
                 f"{max(reader.buffer.nbytes - reader.position, 0)} bytes to the end of the file",
-                expected=f"{8 + sizes[key]} of this storage",
+                expected=f"{8 + nbytes} of this storage",
                 place=place,
                 mend="The file is cut short: copy or download it again.",
             )
-        numel = int.from_bytes(head, "little", signed=True)
-        if numel < 0 or (numel == 0) != (sizes[key] == 0) or (numel and sizes[key] % numel):
-            raise FormatError(f"{numel} elements", expected=f"elements of {sizes[key]} bytes", place=place)
+        found = int.from_bytes(head, "little", signed=True)
+        if found != numel:
+            raise FormatError(f"{found} elements", expected=f"{numel}, as the object says", place=place)
         storages[key] = Storage(data)
-        reader.position = start + sizes[key]
+        reader.position = start + nbytes
     if reader.position != reader.buffer.nbytes:
         raise FormatError(
             f"{reader.buffer.nbytes - reader.position} bytes after the last storage",

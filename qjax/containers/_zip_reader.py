@@ -15,6 +15,8 @@ from ._limits import Limits
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DIRECTORY_BYTES_PER_RECORD = 256
+# The end record with its longest comment is 65557 bytes, which zipfile reads in one go even from a small archive.
+_MAX_END_BYTES = 2**17
 _TORN = "Copy or download the file again."
 
 
@@ -158,10 +160,11 @@ class ZipRecords:
 class _BoundedFile(io.RawIOBase):
     """A file over a buffer that refuses one huge read: zipfile reads as many directory bytes as a file tells it to."""
 
-    def __init__(self, buffer: memoryview, max_read: int) -> None:
+    def __init__(self, buffer: memoryview, max_records: int) -> None:
         super().__init__()
         self._buffer = buffer
-        self._max_read = max_read
+        self._max_records = max_records
+        self._max_read = max(_MAX_END_BYTES, max_records * _DIRECTORY_BYTES_PER_RECORD)
         self._position = 0
 
     def readable(self) -> bool:
@@ -189,6 +192,9 @@ class _BoundedFile(io.RawIOBase):
                 expected=f"at most {self._max_read}, for Limits.max_records",
             )
         data = bytes(self._buffer[self._position : self._position + count])
+        # Entries may be as short as 46 bytes, and zipfile makes a kilobyte of each.
+        if count > _MAX_END_BYTES and data.count(b"PK\1\2") > self._max_records:
+            raise FormatError("too many records", expected=f"at most Limits.max_records = {self._max_records}")
         self._position += count
         return data
 
@@ -206,8 +212,7 @@ def read_directory(buffer: memoryview, limits: Limits) -> tuple[list[zipfile.Zip
     Raises:
         FormatError: there is no readable directory, or it has too many entries.
     """
-    # The end record with its longest comment is 65557 bytes, which zipfile reads in one go even from a small archive.
-    file = _BoundedFile(buffer, max(2**17, limits.max_records * _DIRECTORY_BYTES_PER_RECORD))
+    file = _BoundedFile(buffer, limits.max_records)
     try:
         archive = zipfile.ZipFile(cast("IO[bytes]", file))
     except FormatError:

@@ -113,3 +113,6 @@ SAMPLES: dict[str, bytes] = {
 
 
 FLOATS = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+INDEX = json.dumps(
+    {"metadata": {"total_size": 56}, "weight_map": {"w": "a.safetensors", "b": "b.safetensors"}}
+).encode()
