@@ -65,7 +65,8 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
     """Read a PyTorch checkpoint without torch. Nothing in the file is imported or executed.
 
     Args:
-      path: A file that `torch.save` wrote in its zip format: a state dict, possibly nested.
+      path: A file that `torch.save` wrote, or a safetensors file, or the index or the folder of a sharded checkpoint: a
+        state dict, possibly nested.
       limits: Bounds on what is read.
 
     Returns:
@@ -73,7 +74,7 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
       them.
 
     Raises:
-      containers.FormatError: The file is no torch zip, is cut short, contradicts itself, or names something outside the
+      containers.FormatError: The file is no checkpoint, is cut short, contradicts itself, or names something outside the
         allow-list.
       OSError: The file cannot be opened.
 
@@ -87,7 +88,15 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
     References:
       PyTorch, `torch/serialization.py` and `torch/_utils.py`.
     """
-    tree = containers.read(path, limits=limits)
+    container = containers.open_container(path, limits=limits)
+    tree = container.tree
+    if container.kind in ("pt2", "torchscript"):
+        raise containers.FormatError(
+            f"a program ({container.kind})",
+            expected="a state dict",
+            mend="Look into it with qjax.containers.open_container, or save the state_dict of the model.",
+            file=os.fspath(path),
+        )
     if not isinstance(tree, Mapping):
         raise containers.FormatError(
             f"an object of type {type(tree).__name__}",

@@ -140,7 +140,7 @@ def kind_of(node: Any) -> str:
         return kind_of(node.array)
     if isinstance(node, containers.RawTensor):
         return f"{node.dtype} tensor"
-    if isinstance(node, containers.Global):
+    if isinstance(node, containers.Global | containers.Object):
         return node.name
     if not isinstance(node, containers.Call):
         return repr(node) if isinstance(node, str | int | float) else type(node).__name__

@@ -3,6 +3,8 @@
 import builtins
 import os
 import stat
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -154,10 +156,12 @@ class _Disk:
         self._file.close()
 
 
+@pytest.mark.parametrize("writer", [containers.write_torch_zip, containers.write_safetensors])
 @pytest.mark.parametrize("where", ["write", "fsync", "replace", "interrupt"])
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, where):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, where, writer):
     path = tmp_path / "m.pt"
-    containers.write_torch_zip(path, {"old": 1})
+    tree = {"w": np.arange(100.0), "v": np.arange(7)}
+    writer(path, {"old": np.zeros(1)})
     before = path.read_bytes()
     real_open = builtins.open
 
@@ -175,12 +179,51 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, where):
     else:
         monkeypatch.setattr(os, "fsync" if where == "fsync" else "replace", fail)
     with pytest.raises(KeyboardInterrupt if where == "interrupt" else OSError, match=r"No space|broken|^$"):
-        containers.write_torch_zip(path, TREE)
+        writer(path, tree)
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    containers.write_torch_zip(path, TREE)
-    assert containers.read(path)["step"] == 7
+    writer(path, tree)
+    np.testing.assert_array_equal(containers.read(path)["w"], tree["w"])
+
+
+KILLED = """
+import os, signal, sys, types
+import numpy as np
+qjax = types.ModuleType("qjax")  # containers alone: the facade would import JAX
+qjax.__path__ = [sys.argv[1]]
+sys.modules["qjax"] = qjax
+from qjax import containers
+write, path, where = getattr(containers, sys.argv[2]), sys.argv[3], sys.argv[4]
+tree = {str(i): np.full(1000, i) for i in range(10)}
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "tensor":
+    real, calls = np.ascontiguousarray, []
+    def contiguous(*arguments):
+        calls.append(1)
+        return die() if len(calls) == 6 else real(*arguments)
+    np.ascontiguousarray = contiguous
+else:
+    setattr(os, where, die)
+write(path, tree)
+print("written")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("where", ["tensor", "fsync", "replace"])
+@pytest.mark.parametrize("write", ["write_torch_zip", "write_safetensors"])
+def test_a_killed_writer_leaves_the_old_file(tmp_path, write, where):
+    path = tmp_path / "model"
+    getattr(containers, write)(path, {"old": np.arange(3)})
+    before = path.read_bytes()
+    qjax = os.path.dirname(os.path.dirname(containers.__file__))
+    command = [sys.executable, "-c", KILLED, qjax, write, str(path), where]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-9, "", "")
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(containers.read(path)["old"], np.arange(3))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")

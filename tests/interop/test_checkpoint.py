@@ -11,6 +11,7 @@ import pytest
 import qjax
 from qjax import containers
 from qjax.interop._torch_tensors import from_node
+from tests.containers.samples import SAMPLES
 from tests.interop.programs import affine, qtensor
 
 
@@ -222,8 +223,17 @@ def test_cut_files_and_foreign_files_are_refused(tmp_path):
         with pytest.raises(containers.FormatError, match=r"cut\.pt"):
             qjax.interop.load(cut)
     cut.write_text("not a checkpoint")
-    with pytest.raises(containers.FormatError, match=r"expected a torch\.save ZIP"):
+    with pytest.raises(containers.FormatError, match="expected a checkpoint of PyTorch or safetensors"):
         qjax.interop.load(cut)
+
+
+def test_safetensors_and_programs(tmp_path):
+    containers.write_safetensors(tmp_path / "m.safetensors", {"w": np.arange(3)})
+    np.testing.assert_array_equal(qjax.interop.load(tmp_path / "m.safetensors")["w"], np.arange(3))
+    for kind in ("pt2", "torchscript"):
+        (tmp_path / kind).write_bytes(SAMPLES[kind])
+        with pytest.raises(containers.FormatError, match=rf"{kind}: found a program \({kind}\)"):
+            qjax.interop.load(tmp_path / kind)
 
 
 def test_a_global_outside_the_allow_list_is_named_and_not_run(tmp_path):
