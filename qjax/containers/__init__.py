@@ -7,11 +7,12 @@ file contains.
 from ._container import Container, open_container, read
 from ._errors import FormatError
 from ._limits import Limits
-from ._nodes import Call, Global, Object, Parameter, RawTensor, Record
+from ._nodes import Back, Call, Global, Object, Parameter, RawTensor, Record
 from ._safetensors import write_safetensors
 from ._torch_zip import write_torch_zip
 
 __all__ = [
+    "Back",
     "Call",
     "Container",
     "FormatError",

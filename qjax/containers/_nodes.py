@@ -57,6 +57,21 @@ class Call:
     args: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Back:
+    """A reference to an `Object` that this place is a part of, as the hooks of a module have them: a tree has no cycles.
+
+    Args:
+        name: the dotted name of that object's class.
+
+    Examples:
+        >>> Back("torch.fx.graph_module.GraphModule").name
+        'torch.fx.graph_module.GraphModule'
+    """
+
+    name: str
+
+
 @dataclass(eq=False)
 class Object:
     """What a file says about an object of a class, or the result of a function, that this room does not build.

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from ._checks import as_tuple, exact
+from ._checks import are, as_tuple, exact
 from ._errors import FormatError, quoted
 from ._limits import Limits
 from ._nodes import Global, Object, Record
@@ -40,6 +40,10 @@ class PickleMachine:
         inert: whether a name outside `allowed` may stand in the tree, as a `Global`, and be called, to give an `Object`.
         whole: the pickle takes all of `data`; else `position` says where it ended.
 
+    Attributes:
+        position: the byte after the last one that was executed.
+        made_objects: there may be an `Object` in the tree.
+
     Examples:
         >>> machine = PickleMachine(b"\x80\x02K\x01K\x02\x86.", {}, lambda key: key, Limits())
         >>> machine.run()
@@ -65,6 +69,7 @@ class PickleMachine:
         self._inert = inert
         self._whole = whole
         self.position = 0
+        self.made_objects = False
         self._globals: dict[str, Global] = {}
         self._stack: list[Any] = []
         self._marks: list[int] = []
@@ -88,6 +93,8 @@ class PickleMachine:
             ord(")"): lambda: self._push(()),
             ord("]"): lambda: self._push([]),
             ord("}"): lambda: self._push({}),
+            ord("0"): lambda: self._discard(self._pop()),
+            ord("1"): lambda: self._discard(self._pop_mark()),
             ord("N"): lambda: self._push(None),
             0x88: lambda: self._push(True),
             0x89: lambda: self._push(False),
@@ -98,6 +105,7 @@ class PickleMachine:
             ord("G"): lambda: self._push(struct.unpack(">d", self._take(8))[0]),
             ord("X"): lambda: self._text(self._uint32(), "surrogatepass"),
             ord("U"): lambda: self._text(self._take(1)[0], "strict"),
+            ord("T"): lambda: self._text(self._uint32(), "strict"),
             ord("h"): lambda: self._get(self._take(1)[0]),
             ord("j"): lambda: self._get(self._uint32()),
             ord("q"): lambda: self._put(self._take(1)[0]),
@@ -211,6 +219,9 @@ class PickleMachine:
         self._need(1)
         return self._stack.pop()
 
+    def _discard(self, value: Any) -> None:
+        """POP and POP_MARK: what a pickler writes when an object turned out to be saved already, inside its own parts."""
+
     def _pop_many(self, count: int) -> list[Any]:
         self._need(count)
         taken = self._stack[-count:]
@@ -271,7 +282,7 @@ class PickleMachine:
 
     def _fill(self, items: list[Any]) -> None:
         target = self._top()
-        pairs = [(_checked_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
+        pairs = [(checked_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
         if type(target) is Object:
             target.items.extend(pairs)
         elif type(target) is dict or type(target) is Record:
@@ -308,7 +319,8 @@ class PickleMachine:
             raise FormatError(f"a {type(args).__name__} as arguments of {function.name}", expected="a tuple")
         arguments = cast("tuple[Any, ...]", args)
         if function.name not in self._allowed:
-            self._push(Object(function.name, arguments))
+            self._push(self._attribute(function.name, arguments) or Object(function.name, arguments))
+            self.made_objects = True
             return
         build = self._allowed[function.name]
         if build is None:
@@ -318,6 +330,15 @@ class PickleMachine:
         except FormatError as error:
             error.locate(place=f"record {quoted(self._record)}, byte {self.position - 1} (REDUCE {function.name})")
             raise
+
+    def _attribute(self, function: str, arguments: tuple[Any, ...]) -> Global | None:
+        """The name of a nested class, which protocol 2 writes as a call of getattr."""
+        if function not in ("builtins.getattr", "__builtin__.getattr") or not are(arguments, Global, str):
+            return None
+        name = f"{arguments[0].name}.{arguments[1][:_MAX_GLOBAL_BYTES]}"
+        if len(name) > _MAX_GLOBAL_BYTES or name in self._allowed or not self._inert(name):
+            raise FormatError(f"the global {quoted(name)}", expected="the name of a nested class or of a function")
+        return Global(name)
 
     def _build(self) -> None:
         state = self._pop()
@@ -336,7 +357,12 @@ class PickleMachine:
         target.metadata = cast("dict[Any, Any]", metadata)
 
 
-def _checked_key(key: Any) -> Any:
+def checked_key(key: Any) -> Any:
+    """A key of a dict as it is.
+
+    Raises:
+        FormatError: it is none that costs little to hash.
+    """
     # Flat keys only: hashing a tuple of shared tuples can take 2**depth steps.
     parts = as_tuple(key) if exact(key, tuple) else (key,)
     if len(parts) > _MAX_KEY_LENGTH:

@@ -15,7 +15,7 @@ from ._nodes import Global, Record
 from ._options import Options
 from ._pickle_machine import PickleMachine
 from ._torch_rebuild import TorchRebuilder, storage_id
-from ._tree_check import check_tree
+from ._tree_check import check_tree, cut_cycles
 from ._values import Storage
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -74,6 +74,8 @@ def read_legacy(buffer: memoryview, options: Options) -> Any:
         return key[1] if is_module(key) else rebuilder.persistent_load(key)
 
     tree = reader.pickle("the object", rebuilder.allowed, persistent_load, options.inert)
+    if reader.made_objects:
+        cut_cycles(tree)
     try:
         check_tree(tree, options.limits)
     except FormatError as error:
@@ -88,6 +90,7 @@ class _Reader:
     def __init__(self, buffer: memoryview, options: Options) -> None:
         self.buffer = buffer
         self.position = len(MAGIC)
+        self.made_objects = False  # by the last pickle
         self._limits = options.limits
 
     def pickle(
@@ -111,6 +114,7 @@ class _Reader:
                 ) from error
             raise
         self.position = start + machine.position
+        self.made_objects = machine.made_objects
         return value
 
 

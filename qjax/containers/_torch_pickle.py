@@ -7,7 +7,7 @@ from ._errors import FormatError, quoted
 from ._options import Options
 from ._pickle_machine import PickleMachine
 from ._torch_rebuild import TorchRebuilder
-from ._tree_check import check_tree
+from ._tree_check import check_tree, cut_cycles
 from ._values import Storage
 from ._zip_reader import ZipRecords
 
@@ -55,6 +55,8 @@ def read_pickle(
     allowed = {**rebuilder.allowed, **(functions or {})}
     machine = PickleMachine(data, allowed, rebuilder.persistent_load, limits, name, inert=inert or options.inert)
     tree = machine.run()
+    if machine.made_objects:
+        cut_cycles(tree)
     try:
         check_tree(tree, limits)
     except FormatError as error:

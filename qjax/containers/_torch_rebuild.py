@@ -11,6 +11,7 @@ from ._checks import are, as_tuple, exact, is_tensor, quantizer_problem
 from ._errors import FormatError, quoted
 from ._limits import Limits
 from ._nodes import DEVICE, QTENSOR, Array, Call, Global, Object, Parameter, RawTensor, Record
+from ._pickle_machine import checked_key
 from ._torch_names import (
     ELEMENTS,
     LAYOUTS,
@@ -52,6 +53,7 @@ class TorchRebuilder:
         self._read_storage = read_storage
         self._limits = limits
         self._text_budget = text_budget
+        self._item_budget = limits.max_opcodes
         self.allowed: dict[str, Callable[[tuple[Any, ...]], Any] | None] = dict.fromkeys(
             (*VALUES, *STORAGES, UNTYPED_STORAGE)
         )
@@ -160,9 +162,16 @@ class TorchRebuilder:
         return inner if kind.name in PLAIN_TENSORS else Object(kind.name, (inner,), state)
 
     def _record(self, args: tuple[Any, ...]) -> Any:
-        if args:
-            raise _bad_arguments(args, "()")
-        return Record()
+        if not args:
+            return Record()
+        # Python 2 wrote the items as an argument.
+        if not are(args, list) or not all(exact(pair, list, tuple) and len(pair) == 2 for pair in args[0]):
+            raise _bad_arguments(args, "() or (a list of pairs,)")
+        # The list may be handed over again and again.
+        self._item_budget -= len(args[0])
+        if self._item_budget < 0:
+            raise FormatError("one list of items made a dict again and again", expected="no more items than opcodes")
+        return Record((checked_key(key), value) for key, value in args[0])
 
     def _size(self, args: tuple[Any, ...]) -> Any:
         # Its length first: one long tuple handed over again and again would be looked through each time.

@@ -1,14 +1,16 @@
 """A last look at a tree before it is handed out."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 
+from ._checks import as_tuple, exact
 from ._errors import FormatError
 from ._limits import Limits
-from ._nodes import Call, Global, Object, Parameter, RawTensor, Record
+from ._nodes import Back, Call, Global, Object, Parameter, RawTensor, Record
 
-_LEAVES = (str, int, float, complex, bool, bytes, type(None), np.ndarray, RawTensor, Global)
+_LEAVES = (str, int, float, complex, bool, bytes, type(None), np.ndarray, RawTensor, Global, Back)
 
 
 def check_tree(root: Any, limits: Limits) -> None:
@@ -60,6 +62,59 @@ def check_tree(root: Any, limits: Limits) -> None:
                 expected=f"at most Limits.max_nodes = {limits.max_nodes}",
             )
         measured[key] = (depth, nodes)
+
+
+def cut_cycles(root: Any) -> None:
+    """Put a `Back` wherever an object is met inside itself, as a value of a dict, a list or an object's state.
+
+    Cycles of containers alone, which no honest file has, are left for `check_tree` to refuse.
+
+    Args:
+        root: the object that the pickle machine built; changed in place.
+
+    Examples:
+        >>> net = Object("my.Net", state={})
+        >>> net.state["hook"] = [net]
+        >>> cut_cycles(net)
+        >>> net.state["hook"]
+        [Back(name='my.Net')]
+    """
+    done: set[int] = set()
+    above: set[int] = set()
+    todo: list[tuple[Any, Iterator[tuple[Any, Any]]]] = [(root, _slots(root))]
+    above.add(id(root))
+    while todo:
+        node, slots = todo[-1]
+        for slot, child in slots:
+            key = id(child)
+            if key in above:
+                if type(child) is Object:
+                    _replace(node, slot, Back(child.name))
+            elif key not in done and type(child) not in _LEAVES:
+                above.add(key)
+                todo.append((child, _slots(child)))
+                break
+        else:
+            todo.pop()
+            above.discard(id(node))
+            done.add(id(node))
+
+
+def _slots(node: Any) -> Iterator[tuple[Any, Any]]:
+    if exact(node, dict, Record):
+        return iter(list(cast("dict[Any, Any]", node).items()))
+    if exact(node, list):
+        return iter(list(enumerate(cast("list[Any]", node))))
+    if exact(node, Object):
+        return iter([("args", node.args), ("state", node.state), ("items", node.items)])
+    return iter([(None, child) for child in as_tuple(node)])
+
+
+def _replace(node: Any, slot: Any, value: Any) -> None:
+    if exact(node, dict, Record, list):
+        node[slot] = value
+    elif exact(node, Object) and slot == "state":
+        node.state = value
 
 
 def _children(node: Any) -> tuple[Any, ...]:

@@ -343,6 +343,26 @@ def test_each_limit(limits, match):
     refused(checkpoint(tensor(), SIX), match, limits=limits)
 
 
+def test_python_2_files():
+    # Its OrderedDict came with its items, and its long strings with four bytes of length.
+    pairs = b"](](T\x01\x00\x00\x00aK\x01e](U\x01bK\x02ee"
+    tree = containers.read(checkpoint(glob("collections.OrderedDict") + pairs + b"\x85R"))
+    assert (type(tree), list(tree.items())) == (Record, [("a", 1), ("b", 2)])
+    refused(checkpoint(glob("collections.OrderedDict") + b"](K\x01e\x85R"), "a list of pairs")
+    refused(checkpoint(glob("collections.OrderedDict") + b"](]N\x86e\x85R"), "a dict key with a list")
+    again = (
+        glob("collections.OrderedDict") + b"q\x00](" + b"K\x01N\x86" * 1000 + b"eq\x01\x85R" + b"h\x00h\x01\x85R" * 100
+    )
+    refused(checkpoint(b"(" + again + b"t"), "again and again", limits=Limits(max_opcodes=50_000))
+
+
+def test_objects_that_were_dropped():
+    assert containers.read(checkpoint(b"K\x01K\x020(NN1")) == 1
+    refused(checkpoint(b"0"), "0 objects on the stack")
+    refused(checkpoint(b"(0"), "0 objects on the stack")
+    refused(checkpoint(b"N1"), "no mark")
+
+
 def test_max_nodes():
     body = b"(" + b"N" * 10 + b"t"
     assert containers.read(checkpoint(body), limits=Limits(max_nodes=11)) == (None,) * 10

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax import containers
-from qjax.containers import FormatError, Limits, Object, RawTensor
+from qjax.containers import Back, FormatError, Limits, Object, RawTensor
 from tests.containers import fuzz
 from tests.containers.files import HOOKS, SIX, archive, checkpoint, glob, integer, storage, tensor, text
 from tests.containers.mutate import mutate
@@ -118,6 +118,22 @@ def test_inert_objects():
     assert many.items == [1, 2, ("k", 3)]
 
 
+def test_cycles_through_objects_are_cut():
+    # A module that its own hook refers to, and a list of it: as the hooks of torch.nn.Module have it.
+    body = glob("my.Net") + b")\x81q\x00}(" + text("me") + b"h\x00" + text("hooks") + b"]h\x00aub"
+    tree = containers.read(checkpoint(body), objects="inert")
+    assert tree.attributes == {"me": Back("my.Net"), "hooks": [Back("my.Net")]}
+
+
+def test_nested_classes_are_names():
+    nested = glob("builtins.getattr") + glob("my.Outer") + text("Inner") + b"\x86R"
+    assert containers.read(checkpoint(nested + b")\x81"), objects="inert").name == "my.Outer.Inner"
+    for outer, inner in (("my", "x"), ("torch", "load")):
+        body = glob("builtins.getattr") + glob(f"{outer}.a") + text(inner) + b"\x86R"
+        assert containers.read(checkpoint(body), objects="inert").name == f"{outer}.a.{inner}"
+    refused(checkpoint(nested), "'builtins.getattr'")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -138,7 +154,9 @@ def test_objects_is_checked():
 @pytest.mark.parametrize(
     ("body", "match"),
     [
-        (glob("my.Net") + b")\x81q\x00}" + text("me") + b"h\x00sb", "contains itself"),
+        (glob("my.Net") + b")\x81q\x00}" + text("me") + b"h\x00\x85sb", "contains itself"),
+        (b"]q\x00" + glob("my.Net") + b")\x81}" + text("me") + b"h\x00sba", "contains itself"),
+        (glob("builtins.getattr") + glob("my.Net") + text("x" * 600) + b"\x86R", "the global 'my.Net.xxx"),
         (glob("my.Net") + b")\x81}" + text("s") + storage() + b"sb", "a storage outside any tensor"),
         (glob("my.Net") + b")\x81}b}b", "a second state"),
         (glob("my.Net") + b"]\x81", "a list as arguments of my.Net"),

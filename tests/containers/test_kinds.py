@@ -125,6 +125,29 @@ def test_quantized_modules_saved_whole(tmp_path):
     assert fake_quant.attributes["_modules"]["activation_post_process"].attributes["dtype"] == Global("torch.qint8")
 
 
+def test_a_graph_module_saved_whole(tmp_path):
+    # Its hooks refer back to it, and its code comes as text.
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU()).eval()
+        x = torch.ones(1, 1, 5, 5)
+        net = quantize_fx.prepare_fx(net, get_default_qconfig_mapping("fbgemm"), (x,))
+        net(x)
+        net = quantize_fx.convert_fx(net)
+        torch.save(net, tmp_path / "m.pt")
+    tree = containers.read(tmp_path / "m.pt", objects="inert")
+    assert tree.name == "torch.fx.graph_module.reduce_graph_module"
+    members = tree.args[0]
+    assert "def forward" in members["_code"]
+    conv = members["_modules"]["0"]
+    assert conv.name == "torch.ao.nn.intrinsic.quantized.modules.conv_relu.ConvReLU2d"
+    original = getattr(net, "0")
+    np.testing.assert_array_equal(conv.state[10].args[0], original.weight().int_repr().numpy())
+    assert conv.state[12:14] == (original.scale, original.zero_point)  # these modules have a tuple of their own
+
+
 def test_dynamic_lstm_state(tmp_path):
     class Recurrent(torch.nn.Module):
         def __init__(self):

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.containers import Call, Container, Global, Object, Parameter, RawTensor, Record
+from qjax.containers import Back, Call, Container, Global, Object, Parameter, RawTensor, Record
 
 MAX_BYTES = 2**20  # of one tensor: an expanded one may be far larger than its file
 
@@ -17,7 +17,7 @@ def walk(node: Any) -> int:
     if isinstance(node, Container):
         return walk(node.tree) + walk(dict(node.metadata))
     kind = type(node)
-    if kind in (str, int, float, complex, bool, bytes, type(None), Global):
+    if kind in (str, int, float, complex, bool, bytes, type(None), Global, Back):
         return 1
     if kind is np.ndarray:
         assert not node.flags.writeable or not node.size
