@@ -72,7 +72,7 @@ class Back:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Object:
     """What a file says about an object of a class, or the result of a function, that this room does not build.
 

@@ -1,6 +1,7 @@
 """Archives and pickles put together by hand, so that a test can say exactly which byte is wrong."""
 
 import io
+import struct
 import zipfile
 from collections.abc import Mapping
 
@@ -73,3 +74,18 @@ def tensor(
 
 
 SIX = {"0": np.arange(6, dtype="<f4").tobytes()}
+
+
+def qtensor(params, source=None, size=(2, 3), stride=(3, 1)):
+    source = storage("torch.QInt8Storage", numel=6) if source is None else source
+    return tensor(
+        function="torch._utils._rebuild_qtensor",
+        source=source,
+        size=size,
+        stride=stride,
+        tail=params + b"\x89" + HOOKS,
+    )
+
+
+AFFINE = glob("torch.per_tensor_affine")
+HALF = b"G" + struct.pack(">d", 0.5)

@@ -9,7 +9,7 @@ import random
 import struct
 import zipfile
 
-from tests.containers.files import archive
+from tests.containers.files import AFFINE, HALF, HOOKS, archive, glob, qtensor, storage, tensor, text
 
 INTERESTING = [
     0,
@@ -59,6 +59,52 @@ VALUES = [
     {},
     [0],
     [[]],
+    float("nan"),
+    float("inf"),
+]
+
+
+# Bits of pickle that mean something, to be put together in any order.
+PIECES = [
+    *(bytes([code]) for code in b"Rbaesu(t\x85\x86\x87)]}N\x88\x89Q\x8101"),
+    b"K\x02",
+    b"h\x00",
+    b"h\x01",
+    b"q\x00",
+    b"q\x01",
+    HALF,
+    HOOKS,
+    text("storage"),
+    text("0"),
+    text("latin1"),
+    text("_metadata"),
+    AFFINE,
+    storage(),
+    tensor(),
+    qtensor(AFFINE + HALF + b"K\x00\x87"),
+    *map(
+        glob,
+        (
+            "torch._utils._rebuild_tensor_v2",
+            "torch._utils._rebuild_tensor_v3",
+            "torch._utils._rebuild_qtensor",
+            "torch._utils._rebuild_parameter",
+            "collections.OrderedDict",
+            "torch.Size",
+            "torch.device",
+            "_codecs.encode",
+            "__builtin__.complex",
+            "torch.FloatStorage",
+            "torch._tensor._rebuild_from_type_v2",
+            "torch._utils._rebuild_wrapper_subclass",
+            "torch.serialization._get_layout",
+            "torch.Tensor",
+            "torchao.quantization.Int8Tensor",
+            "builtins.getattr",
+            "builtins.set",
+            "my.Net",
+        ),
+    ),
 ]
 
 
@@ -154,6 +200,10 @@ def mutate_inside(data: bytes, rng: random.Random, pool: list[bytes] | None = No
             deflated[name] = mutate_bytes(deflated[name], rng)
         elif name.endswith(".json"):
             stored[name] = mutate_json(stored[name], rng)
+        elif name.endswith(".pkl") and rng.random() < 0.3:
+            pickle, position = stored[name], rng.randrange(2, max(len(stored[name]), 3))
+            piece = b"".join(rng.choices(PIECES, k=rng.choice((1, 1, 2, 5, 20))))
+            stored[name] = pickle[:position] + piece + pickle[position + rng.choice((0, 0, 1, 4)) :]
         else:
             stored[name] = mutate_bytes(stored[name], rng, pool)
         return archive(stored, prefix=prefix, deflated=deflated)

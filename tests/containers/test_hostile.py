@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import pickle
-import struct
 import sys
 import tracemalloc
 import zipfile
@@ -16,7 +15,22 @@ from hypothesis import strategies as st
 
 from qjax import containers
 from qjax.containers import Call, FormatError, Global, Limits, Parameter, RawTensor, Record
-from tests.containers.files import HOOKS, SIX, archive, checkpoint, glob, integer, integers, storage, tensor, text
+from tests.containers.files import (
+    AFFINE,
+    HALF,
+    HOOKS,
+    SIX,
+    archive,
+    checkpoint,
+    glob,
+    integer,
+    integers,
+    qtensor,
+    storage,
+    tensor,
+    text,
+)
+from tests.containers.mutate import PIECES
 
 
 def refused(data, match, **options):
@@ -267,19 +281,6 @@ def test_bool_stride_sizes_are_not_integers():
     refused(checkpoint(body + b"\x89" + HOOKS + b"tR", SIX), "offset with bool")
 
 
-def qtensor(params, source=None, size=(2, 3), stride=(3, 1)):
-    source = storage("torch.QInt8Storage", numel=6) if source is None else source
-    return tensor(
-        function="torch._utils._rebuild_qtensor",
-        source=source,
-        size=size,
-        stride=stride,
-        tail=params + b"\x89" + HOOKS,
-    )
-
-
-AFFINE = glob("torch.per_tensor_affine")
-HALF = b"G" + struct.pack(">d", 0.5)
 PER_CHANNEL = glob("torch.per_channel_affine")
 TWO = tensor(source=storage(key="1", numel=2), size=(2,), stride=(1,))
 
@@ -516,41 +517,6 @@ def test_mutations_of_the_pickle(good, data):
         else:
             changed[position] = data.draw(st.integers(0, 255))
     read_or_refuse(archive({**records, "data.pkl": bytes(changed)}))
-
-
-PIECES = [
-    *(bytes([code]) for code in b"Rbaesu(t\x85\x86\x87)]}N\x88\x89Q"),
-    b"K\x02",
-    b"h\x00",
-    b"h\x01",
-    b"q\x00",
-    b"q\x01",
-    HALF,
-    HOOKS,
-    text("storage"),
-    text("0"),
-    text("latin1"),
-    text("_metadata"),
-    AFFINE,
-    storage(),
-    tensor(),
-    qtensor(AFFINE + HALF + b"K\x00\x87"),
-    *map(
-        glob,
-        (
-            "torch._utils._rebuild_tensor_v2",
-            "torch._utils._rebuild_tensor_v3",
-            "torch._utils._rebuild_qtensor",
-            "torch._utils._rebuild_parameter",
-            "collections.OrderedDict",
-            "torch.Size",
-            "torch.device",
-            "_codecs.encode",
-            "__builtin__.complex",
-            "torch.FloatStorage",
-        ),
-    ),
-]
 
 
 @settings(max_examples=400, deadline=None)

@@ -95,13 +95,10 @@ def test_the_fuzzer_finds_what_is_there(monkeypatch, tmp_path, capsys):
     assert list((tmp_path / "found").iterdir())
 
 
-CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
-
-
-@pytest.mark.parametrize("path", CORPUS, ids=[path.name for path in CORPUS])
-def test_what_the_fuzzer_found_before(path):
-    with pytest.raises(FormatError):
-        walk(containers.open_container(path, objects="inert"))
+def test_what_the_fuzzer_found_before():
+    # Inputs that `python -m tests.containers.fuzz --save` has kept; none yet, and each mended one belongs here.
+    for path in sorted((Path(__file__).parent / "corpus").glob("*.bin")):
+        walk_or_refuse(path.read_bytes(), objects="inert")
 
 
 # --- objects
