@@ -173,7 +173,7 @@ def _read_file(buffer: memoryview, options: Options) -> tuple[str, Tree, dict[st
     if bytes(buffer[: len(MAGIC)]) == MAGIC:
         return "torch_legacy", read_legacy(buffer, options), {}
     if header_bytes(buffer):
-        tensors, metadata = read_safetensors(buffer, options.limits)
+        tensors, metadata = read_safetensors(buffer, options)
         return "safetensors", tensors, {"safetensors": metadata}
     kind, mend = describe(buffer)
     raise FormatError(

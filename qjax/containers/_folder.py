@@ -82,7 +82,7 @@ def read_configs(folder: str, options: Options) -> dict[str, Any]:
         path = os.path.join(folder, name)
         if os.path.exists(path):
             data = open_source(path, options.limits)
-            found[key] = json_object(parse_json(data, options.limits, name, strict=False), name)
+            found[key] = json_object(parse_json(data, options, name, strict=False), name)
     return found
 
 
@@ -105,7 +105,7 @@ def read_index(
         FormatError: the index is none, names a file outside its folder, or a tensor that its shard does not have.
     """
     limits = options.limits
-    index = json_object(parse_json(buffer, limits, "index"), "index")
+    index = json_object(parse_json(buffer, options, "index"), "index")
     weight_map = json_object(index.get("weight_map"), "index, weight_map")
     if not folder:
         raise FormatError("an index of shards", expected="a path: an index as bytes has no files beside it")

@@ -5,14 +5,15 @@ from typing import Any
 
 from ._errors import FormatError, quoted
 from ._limits import Limits
+from ._options import Options
 
 
-def parse_json(data: memoryview, limits: Limits, place: str, *, strict: bool = True) -> Any:
+def parse_json(data: memoryview, options: Options, place: str, *, strict: bool = True) -> Any:
     """A JSON text as dicts, lists, strings, numbers, bools and None.
 
     Args:
         data: the text, in UTF-8.
-        limits: gives `max_json_bytes`, `max_nodes` and `max_depth`.
+        options: gives the limits, and what is left of `max_json_bytes`.
         place: what to call the text in messages.
         strict: refuse NaN and infinities, which JSON does not have and Python writes all the same.
 
@@ -23,20 +24,23 @@ def parse_json(data: memoryview, limits: Limits, place: str, *, strict: bool = T
         FormatError: too long, too many values, nested too deep, a key twice in one object, or no JSON.
 
     Examples:
-        >>> parse_json(memoryview(b'{"a": [1, 2]}'), Limits(), "header")
+        >>> from ._options import make_options
+        >>> parse_json(memoryview(b'{"a": [1, 2]}'), make_options(None, None, "refuse"), "header")
         {'a': [1, 2]}
     """
     try:
-        return _parse(bytes(_within(data, limits)), limits, strict)
+        return _parse(bytes(_within(data, options)), options.limits, strict)
     except FormatError as error:
         error.locate(place=place)
         raise
 
 
-def _within(data: memoryview, limits: Limits) -> memoryview:
-    if data.nbytes > limits.max_json_bytes:
+def _within(data: memoryview, options: Options) -> memoryview:
+    options.budget.json_bytes -= data.nbytes
+    if options.budget.json_bytes < 0:
         raise FormatError(
-            f"JSON of {data.nbytes} bytes", expected=f"at most Limits.max_json_bytes = {limits.max_json_bytes}"
+            f"JSON of {data.nbytes} bytes",
+            expected=f"at most Limits.max_json_bytes = {options.limits.max_json_bytes} in all",
         )
     return data
 

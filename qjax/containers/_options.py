@@ -10,6 +10,19 @@ from ._torch_names import is_alarming, is_known_object
 Objects = Literal["refuse", "inert"]
 
 
+@dataclass
+class Budget:
+    """What is left of a limit for all files and records of one checkpoint together: one record may be named many times.
+
+    Args:
+        opcodes: of pickles.
+        json_bytes: of JSON texts.
+    """
+
+    opcodes: int
+    json_bytes: int
+
+
 @dataclass(frozen=True)
 class Options:
     """Limits, checksums and objects, as `open_container` explains them.
@@ -18,11 +31,13 @@ class Options:
         limits: bounds on what is accepted.
         check_crc: True for every record, None for those that are read anyway, False for none.
         inert: whether an object of this name, unknown to torch's own list, may stand in the tree.
+        budget: counted down as the checkpoint is read.
     """
 
     limits: Limits
     check_crc: bool | None
     inert: Callable[[str], bool]
+    budget: Budget
 
 
 def make_options(limits: Limits | None, check_crc: bool | None, objects: Objects) -> Options:
@@ -46,7 +61,8 @@ def make_options(limits: Limits | None, check_crc: bool | None, objects: Objects
     if objects not in ("refuse", "inert"):
         raise ValueError(f"objects is {objects!r}; expected 'refuse' or 'inert'")
     inert = is_known_object if objects == "refuse" else _is_harmless
-    return Options(limits or Limits(), check_crc, inert)
+    limits = limits or Limits()
+    return Options(limits, check_crc, inert, Budget(limits.max_opcodes, limits.max_json_bytes))
 
 
 def _is_harmless(name: str) -> bool:

@@ -14,6 +14,7 @@ from ._checks import are, as_tuple, exact
 from ._errors import FormatError, quoted
 from ._limits import Limits
 from ._nodes import Global, Object, Record
+from ._options import Budget
 from ._torch_names import is_alarming
 
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
@@ -39,6 +40,7 @@ class PickleMachine:
         record: what to call the pickle in messages.
         inert: whether a name outside `allowed` may stand in the tree, as a `Global`, and be called, to give an `Object`.
         whole: the pickle takes all of `data`; else `position` says where it ended.
+        budget: what is left of `max_opcodes`, where a checkpoint has several pickles.
 
     Attributes:
         position: the byte after the last one that was executed.
@@ -60,6 +62,7 @@ class PickleMachine:
         *,
         inert: Callable[[str], bool] = lambda name: False,
         whole: bool = True,
+        budget: Budget | None = None,
     ) -> None:
         self._data = memoryview(data)
         self._allowed = allowed
@@ -68,6 +71,7 @@ class PickleMachine:
         self._record = record
         self._inert = inert
         self._whole = whole
+        self._budget = budget or Budget(limits.max_opcodes, 0)
         self.position = 0
         self.made_objects = False
         self._globals: dict[str, Global] = {}
@@ -131,7 +135,8 @@ class PickleMachine:
         opcode = None
         try:
             self._protocol()
-            for _ in range(self._limits.max_opcodes):
+            while self._budget.opcodes > 0:
+                self._budget.opcodes -= 1
                 start, opcode = self.position, None
                 opcode = self._take(1)[0]
                 if opcode == ord("."):
@@ -145,7 +150,8 @@ class PickleMachine:
                     )
                 execute()
             raise FormatError(
-                "a pickle that goes on", expected=f"at most Limits.max_opcodes = {self._limits.max_opcodes} opcodes"
+                "a pickle that goes on",
+                expected=f"at most Limits.max_opcodes = {self._limits.max_opcodes} opcodes in all",
             )
         except FormatError as error:
             name = "" if opcode is None else f" ({_OPCODE_NAMES.get(opcode, f'opcode {opcode:#04x}')})"

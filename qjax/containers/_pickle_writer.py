@@ -36,6 +36,7 @@ class PickleWriter:
         self._out = bytearray()
         self._memo: dict[object, int] = {}
         self._open: set[int] = set()
+        self._places: dict[tuple[int, int, str, str], str] = {}  # the arrays are in `storages`, so places stay theirs
 
     def encode(self, tree: Any) -> bytes:
         r"""The pickle of a tree.
@@ -218,8 +219,7 @@ class PickleWriter:
 
     def _geometry(self, array: _Array, payload: _Array, element: ElementType) -> None:
         """Write the storage and the contiguous geometry: the first four arguments of every rebuild function."""
-        key = str(len(self.storages))
-        self.storages.append(payload)
+        key = self._storage_key(payload, element)
         self._out += b"("
         self._str("storage")
         self._global(f"torch.{element.storage}" if element.storage else UNTYPED_STORAGE)
@@ -235,6 +235,18 @@ class PickleWriter:
         self._int(0, key)
         self._value(tuple(array.shape), key, 0)
         self._value(tuple(stride), key, 0)
+
+    def _storage_key(self, payload: _Array, element: ElementType) -> str:
+        # Two arrays over the same bytes, as tied weights of a file that was read are, stay tied and are stored once.
+        place = (payload.ctypes.data, payload.nbytes, payload.dtype.str, element.name)
+        shared = payload.nbytes > 0 and payload.flags.c_contiguous
+        if shared and place in self._places:
+            return self._places[place]
+        key = str(len(self.storages))
+        self.storages.append(payload)
+        if shared:
+            self._places[place] = key
+        return key
 
     # --- atoms
 

@@ -107,15 +107,21 @@ class _Archive:
         self._prefix = prefix
         self._options = options
         self._storages: dict[str, Storage] = {}
+        self._nested: dict[str, Tree] = {}
 
     def json(self, name: str, *, strict: bool) -> dict[str, Any]:
         limits = self._options.limits
         data = self._records.read(name, limits.max_json_bytes, "max_json_bytes")
         place = f"record {quoted(name)}"
-        return json_object(parse_json(data, limits, place, strict=strict), place)
+        return json_object(parse_json(data, self._options, place, strict=strict), place)
 
     def nested(self, name: str) -> Tree:
-        """The tree of a torch.save archive that is a record."""
+        """The tree of a torch.save archive that is a record; read once, however often it is named."""
+        if name not in self._nested:
+            self._nested[name] = self._read_nested(name)
+        return self._nested[name]
+
+    def _read_nested(self, name: str) -> Tree:
         buffer = self._records.storage(name)
         if bytes(buffer[:4]) != b"PK\3\4":
             raise FormatError("a pickled tensor that is no torch.save archive", place=f"record {quoted(name)}")

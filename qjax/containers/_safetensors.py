@@ -19,6 +19,7 @@ from ._errors import FormatError, quoted
 from ._json import json_object, parse_json
 from ._limits import Limits
 from ._nodes import Array, RawTensor
+from ._options import Options
 from ._torch_names import ELEMENTS, ElementType
 from ._values import Storage, tensor
 
@@ -62,12 +63,12 @@ def header_bytes(buffer: memoryview) -> int:
     return length if length >= 2 else 0
 
 
-def read_safetensors(buffer: memoryview, limits: Limits) -> tuple[dict[str, Any], dict[str, str]]:
+def read_safetensors(buffer: memoryview, options: Options) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors and the metadata of a file.
 
     Args:
         buffer: all bytes of the file.
-        limits: bounds on what is accepted.
+        options: how to read; the format has no checksums.
 
     Returns:
         name -> array or `RawTensor`, read-only and over the file's bytes; and ``__metadata__``, which may be empty.
@@ -76,16 +77,19 @@ def read_safetensors(buffer: memoryview, limits: Limits) -> tuple[dict[str, Any]
         FormatError: the header contradicts itself or the file, or the tensors overlap or leave a gap.
 
     Examples:
+        >>> from ._options import make_options
         >>> header = b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
-        >>> read_safetensors(memoryview(len(header).to_bytes(8, "little") + header + b"ab"), Limits())[0]["w"].tolist()
+        >>> data = memoryview(len(header).to_bytes(8, "little") + header + b"ab")
+        >>> read_safetensors(data, make_options(None, None, "refuse"))[0]["w"].tolist()
         [97, 98]
     """
+    limits = options.limits
     length = int.from_bytes(buffer[:8], "little")
     if buffer.nbytes < 8 or length > buffer.nbytes - 8:
         raise FormatError(
             f"a header of {length} bytes in a file of {buffer.nbytes}", expected="a header within the file", mend=_MEND
         )
-    header = json_object(parse_json(buffer[8 : 8 + length], limits, "header"), "header")
+    header = json_object(parse_json(buffer[8 : 8 + length], options, "header"), "header")
     metadata = json_object(header.pop(_METADATA, {}), f"header, {_METADATA}")
     if not all(type(value) is str for value in metadata.values()):
         raise FormatError("metadata that is no text", expected="str for each key", place=f"header, {_METADATA}")

@@ -12,7 +12,7 @@ from typing import Any
 from ._checks import as_tuple, exact
 from ._errors import FormatError, quoted
 from ._nodes import Global, Record
-from ._options import Options
+from ._options import Budget, Options
 from ._pickle_machine import PickleMachine
 from ._torch_rebuild import TorchRebuilder, storage_id
 from ._tree_check import check_tree, cut_cycles
@@ -73,7 +73,7 @@ def read_legacy(buffer: memoryview, options: Options) -> Any:
     def persistent_load(key: Any) -> Any:
         return key[1] if is_module(key) else rebuilder.persistent_load(key)
 
-    tree = reader.pickle("the object", rebuilder.allowed, persistent_load, options.inert)
+    tree = reader.pickle("the object", rebuilder.allowed, persistent_load, options.inert, options.budget)
     if reader.made_objects:
         cut_cycles(tree)
     try:
@@ -99,11 +99,19 @@ class _Reader:
         allowed: Mapping[str, Callable[[tuple[Any, ...]], Any] | None] | None = None,
         persistent_load: Callable[[Any], Any] | None = None,
         inert: Callable[[str], bool] = lambda name: False,
+        budget: Budget | None = None,
     ) -> Any:
         start, most = self.position, self._limits.max_pickle_bytes
         window = self.buffer[start : start + most]
         machine = PickleMachine(
-            window, allowed or {}, persistent_load or _no_storage, self._limits, what, inert=inert, whole=False
+            window,
+            allowed or {},
+            persistent_load or _no_storage,
+            self._limits,
+            what,
+            inert=inert,
+            whole=False,
+            budget=budget,
         )
         try:
             value = machine.run()

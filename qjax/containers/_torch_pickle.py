@@ -53,7 +53,9 @@ def read_pickle(
 
     rebuilder = TorchRebuilder(read_storage, limits, text_budget=data.nbytes)
     allowed = {**rebuilder.allowed, **(functions or {})}
-    machine = PickleMachine(data, allowed, rebuilder.persistent_load, limits, name, inert=inert or options.inert)
+    machine = PickleMachine(
+        data, allowed, rebuilder.persistent_load, limits, name, inert=inert or options.inert, budget=options.budget
+    )
     tree = machine.run()
     if machine.made_objects:
         cut_cycles(tree)

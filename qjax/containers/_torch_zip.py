@@ -40,7 +40,7 @@ def write_torch_zip(path: str | os.PathLike[str], tree: Tree) -> None:
 
     The file takes its place in one step: on any error the old file, if there is one, is left whole. Equal trees give
     equal bytes under equal file names (the name is part of the format). Arrays are stored contiguous and little-endian;
-    the same array object met twice is stored once.
+    contiguous arrays over the same bytes are stored once and stay tied.
 
     Args:
         path: the file to write or replace.

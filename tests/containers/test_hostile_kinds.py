@@ -383,6 +383,10 @@ def test_pickled_weights_of_pt2():
     inner = checkpoint(tensor(), SIX)
     tree = containers.read(pt2(weights(use_pickle=True), data__weights__weight_0=inner))
     np.testing.assert_array_equal(tree["model"]["state_dict"]["l.weight"], FLOATS)
+    # However often a record is named, it is read once.
+    many = {"config": {str(i): {**payload(), "use_pickle": True} for i in range(50)}}
+    tree = containers.read(pt2(many, data__weights__weight_0=inner), limits=Limits(max_opcodes=60))
+    assert len({id(value) for value in tree["model"]["state_dict"].values()}) == 1
     refused(pt2(weights(use_pickle=True), data__weights__weight_0=checkpoint(glob("os.system"))), "'os.system'")
 
 
@@ -464,6 +468,19 @@ def test_a_bad_shard_is_named(sharded, tmp_path):
     (tmp_path / "b.safetensors").write_bytes(SAMPLES["torch_zip"])
     refused(path, "no tensor 'b'|shards of the kinds")
     refused(sharded(INDEX), "max_files", limits=Limits(max_files=1))
+
+
+def test_limits_are_those_of_all_shards_together(sharded, tmp_path):
+    # A hostile folder may name one file a thousand times, by links.
+    header = int.from_bytes(SAMPLES["safetensors"][:8], "little")
+    path = sharded(INDEX)
+    enough = len(INDEX) + 2 * header
+    assert containers.open_container(path, limits=Limits(max_json_bytes=enough)).tree
+    refused(path, "max_json_bytes", limits=Limits(max_json_bytes=enough - 1))
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes(checkpoint(b"}(" + text("w") + b"N" + text("b") + b"Nu"))
+    assert containers.open_container(path, limits=Limits(max_opcodes=16)).tree == {"w": None, "b": None}
+    refused(path, "max_opcodes", limits=Limits(max_opcodes=15))
 
 
 def test_folders(tmp_path):

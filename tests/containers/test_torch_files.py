@@ -113,6 +113,17 @@ def test_tied_arrays_stay_tied(tmp_path):
     assert back["a"].data_ptr() == back["b"].data_ptr() != back["c"].data_ptr()
 
 
+def test_tied_weights_of_a_file_stay_tied(tmp_path):
+    # In the file they are two tensors over one storage, and so two arrays here.
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    tree = containers.read(save(tmp_path, {"a": weight.detach(), "b": weight.detach().reshape(6)}))
+    assert tree["a"] is not tree["b"]
+    back = load_back(tmp_path, tree)
+    assert back["a"].data_ptr() == back["b"].data_ptr()
+    assert (back["a"].shape, back["b"].shape) == ((2, 3), (6,))
+    assert len(zipfile.ZipFile(tmp_path / "written.pt").namelist()) == 6
+
+
 def test_scalars_and_containers_both_ways(tmp_path):
     tree = {
         "numbers": [0, 255, 256, 65535, 65536, -1, 2**31, -(2**31), 2**70, -(2**70), 0.5, float("inf"), 1j],
