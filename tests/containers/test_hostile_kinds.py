@@ -342,6 +342,18 @@ def test_hostile_torchscript(data, match):
     refused(data, match, objects="inert")
 
 
+@pytest.mark.parametrize("make", [torchscript, pt2])
+def test_big_endian_archives(make):
+    big = FLOATS.astype(">f4").tobytes()
+    if make is torchscript:
+        found = containers.read(torchscript(byteorder=b"big", **{"data/0": big})).attributes["weight"]
+    else:
+        data = pt2(byteorder=b"big", data__weights__weight_0=big)
+        found = containers.read(data)["model"]["state_dict"]["l.weight"].array
+    np.testing.assert_array_equal(found, FLOATS)
+    assert found.dtype.isnative
+
+
 # --- .pt2
 
 

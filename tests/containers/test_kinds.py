@@ -267,6 +267,11 @@ def test_torchao_subclasses(tmp_path):
     np.testing.assert_array_equal(weight.attributes["qdata"], net[0].weight.qdata.numpy())
     np.testing.assert_array_equal(weight.attributes["scale"], net[0].weight.scale.numpy())
     assert weight.attributes["block_size"] == [1, 32]
+    # In a .pt2 archive such a tensor is a torch.save archive of its own.
+    torch.export.save(torch.export.export(net, (torch.ones(1, 32),)), tmp_path / "m.pt2")
+    weight = containers.read(tmp_path / "m.pt2")["model"]["state_dict"]["0.weight"]
+    assert weight.name == "torchao.quantization.Int8Tensor"
+    np.testing.assert_array_equal(weight.attributes["qdata"], net[0].weight.qdata.numpy())
 
 
 def test_other_objects_of_a_checkpoint(tmp_path):

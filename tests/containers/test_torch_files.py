@@ -332,6 +332,17 @@ def test_torch_computes_where_storages_lie(tmp_path):
         np.testing.assert_array_equal(back[key].numpy(), array)
 
 
+@pytest.mark.parametrize("alignment", [1, 4096])
+def test_other_alignments(tmp_path, alignment):
+    from torch.utils.serialization import config
+
+    with config.patch({"save.storage_alignment": alignment}):
+        path = save(tmp_path, {"a": torch.arange(3.0), "b": torch.arange(5)})
+    tree = containers.read(path, check_crc=True)
+    np.testing.assert_array_equal(tree["a"], [0, 1, 2])
+    np.testing.assert_array_equal(tree["b"], np.arange(5))
+
+
 def test_files_without_real_checksums(tmp_path):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
