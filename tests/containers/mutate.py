@@ -192,10 +192,10 @@ def mutate_inside(data: bytes, rng: random.Random, pool: list[bytes] | None = No
         weighted = [name for name in stored for _ in range(6 if name.endswith((".pkl", ".json")) else 1)]
         name = rng.choice(weighted + list(deflated))
         if rng.random() < 0.03:
-            part = stored if name in stored else deflated
-            part[rng.choice(["data/0", "version", "byteorder", "constants.pkl", "archive_format", "x"])] = part.pop(
-                name
-            )
+            data = stored.pop(name) if name in stored else deflated.pop(name)
+            name = rng.choice(["data/0", "version", "byteorder", "constants.pkl", "archive_format", "x"])
+            deflated.pop(name, None)
+            stored[name] = data
         elif name in deflated:
             deflated[name] = mutate_bytes(deflated[name], rng)
         elif name.endswith(".json"):

@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,27 @@ def test_a_zip_bomb():
     limits = Limits(max_inflated_bytes=100)
     assert containers.open_container(torchscript(code=b"x" * 100), limits=limits).kind == "torchscript"
     refused(torchscript(code=b"x" * 100, **{"extra/a": b"x" * 101}), "max_inflated_bytes", limits=limits)
+
+
+def test_what_is_inflated_is_counted_together():
+    code = {"code/a.py": b"x" * 60, "code/b.py": b"y" * 60}
+    data = archive({"constants.pkl": b"\x80\x02).", "data.pkl": b"\x80\x02N.", "version": b"3"}, deflated=code)
+    found = containers.open_container(data, limits=Limits(max_inflated_bytes=120)).metadata["code"]
+    assert found == {"a.py": "x" * 60, "b.py": "y" * 60}
+    refused(data, "max_inflated_bytes", limits=Limits(max_inflated_bytes=119))
+
+
+def test_a_compressed_record_without_an_end():
+    code = b"class Net(Module):\n  pass\n"
+    machine = zlib.compressobj(wbits=-15)
+    stream = machine.compress(code) + machine.flush(zlib.Z_SYNC_FLUSH)  # all of the code, and no last block
+    data = bytearray(torchscript(code=b"", **{"code/open.py": stream}))
+    name = b"m/code/open.py"
+    packed, real = sizes_of(data, name)
+    data[real : real + 4] = struct.pack("<I", len(code))
+    data[packed - 4 : packed] = struct.pack("<I", zlib.crc32(code))
+    data[packed - 10] = data[data.find(name) - 30 + 8] = zipfile.ZIP_DEFLATED
+    refused(bytes(data), "more or fewer compressed bytes")
 
 
 def sizes_of(data, name):
