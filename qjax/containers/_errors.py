@@ -1,5 +1,7 @@
 """The one exception for files that this room will not read."""
 
+_MAX_PART = 1000  # characters of one part of a message
+
 
 class FormatError(ValueError):
     """A file is damaged, hostile, or of a kind that the reader does not read.
@@ -20,8 +22,9 @@ class FormatError(ValueError):
 
     def __init__(self, found: str, *, expected: str = "", mend: str = "", place: str = "", file: str = "") -> None:
         super().__init__(found)
-        self.found = found
-        self.expected = expected
+        # Here once and for all, whatever quotes its text and whatever forgets to: a message goes to a terminal.
+        self.found = _printable(found)
+        self.expected = _printable(expected)
         self.mend = mend
         self.place = place
         self.file = file
@@ -37,11 +40,16 @@ class FormatError(ValueError):
         self.place = self.place or place
 
     def __str__(self) -> str:
-        where = ": ".join(part for part in (self.file, self.place) if part)
+        where = ": ".join(_printable(part) for part in (self.file, self.place) if part)
         text = f"{where}: found {self.found}" if where else f"found {self.found}"
         if self.expected:
             text += f"; expected {self.expected}"
         return f"{text}. {self.mend}" if self.mend else f"{text}."
+
+
+def _printable(text: str) -> str:
+    text = text if len(text) <= _MAX_PART else text[:_MAX_PART] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def quoted(text: str, width: int = 120) -> str:

@@ -322,7 +322,7 @@ class PickleMachine:
         if type(function) is not Global:
             raise FormatError(f"a call of a {type(function).__name__}", expected="an allow-listed function")
         if type(args) is not tuple:
-            raise FormatError(f"a {type(args).__name__} as arguments of {function.name}", expected="a tuple")
+            raise FormatError(f"a {type(args).__name__} as arguments of {quoted(function.name)}", expected="a tuple")
         arguments = cast("tuple[Any, ...]", args)
         if function.name not in self._allowed:
             self._push(self._attribute(function.name, arguments) or Object(function.name, arguments))

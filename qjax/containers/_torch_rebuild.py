@@ -121,7 +121,7 @@ class TorchRebuilder:
             raise FormatError("no untyped storage", expected=UNTYPED_STORAGE)
         element = ELEMENTS.get(dtype.name.removeprefix("torch.")) if type(dtype) is Global else None
         if element is None:
-            shown = dtype.name if type(dtype) is Global else type(dtype).__name__
+            shown = quoted(dtype.name) if type(dtype) is Global else type(dtype).__name__
             raise FormatError(f"{shown} as dtype", expected=f"one of {', '.join(ELEMENTS)}")
         _check_flags(args[4], args[5], args[7:])
         return self._view(storage, element, args[1:4])

@@ -268,7 +268,7 @@ def test_protocols():
                 source=storage("torch.storage.UntypedStorage", numel=24),
                 tail=b"\x89" + HOOKS + glob("torch.qint8"),
             ),
-            "torch.qint8 as dtype",
+            "'torch.qint8' as dtype",
         ),
     ],
 )

@@ -144,6 +144,19 @@ def test_names_that_no_model_is_made_of(name):
     assert "do not trust the file" in str(error)
 
 
+@pytest.mark.parametrize("name", ["my\x1b[2J.Net", "my.N\u202eet", "my.\x07"])
+def test_names_do_not_reach_the_terminal(name):
+    v3 = b"\x89" + HOOKS + glob(name)
+    source = storage("torch.storage.UntypedStorage", numel=24)
+    for data in (
+        checkpoint(glob(name) + b"]\x81"),
+        checkpoint(tensor(function="torch._utils._rebuild_tensor_v3", source=source, tail=v3), SIX),
+        pt2({"config": {name: payload(layout=name)}}),
+        safetensors({name: entry(dtype=name)}),
+    ):
+        assert str(refused(data, objects="inert")).isprintable()
+
+
 def test_objects_is_checked():
     with pytest.raises(ValueError, match="objects is 'all'"):
         containers.read(SAMPLES["torch_zip"], objects="all")
@@ -157,7 +170,7 @@ def test_objects_is_checked():
         (glob("builtins.getattr") + glob("my.Net") + text("x" * 600) + b"\x86R", "the global 'my.Net.xxx"),
         (glob("my.Net") + b")\x81}" + text("s") + storage() + b"sb", "a storage outside any tensor"),
         (glob("my.Net") + b")\x81}b}b", "a second state"),
-        (glob("my.Net") + b"]\x81", "a list as arguments of my.Net"),
+        (glob("my.Net") + b"]\x81", "a list as arguments of 'my.Net'"),
         (glob("my.Net") + b")\x81" + b"\x85" * 200, "nested more than 100 deep"),
         (b"}" + glob("my.Net") + b")\x81K\x01s", "a dict key with a Object"),
         (glob("torch._tensor._rebuild_from_type_v2") + b")R", r"arguments \(\)"),
