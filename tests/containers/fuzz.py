@@ -8,7 +8,6 @@ Inputs follow from the seed and their number alone: ``--seed S --first N --input
 import argparse
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -95,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, help="folder for inputs that were neither read nor refused")
     parser.add_argument("--no-torch", action="store_true", help="hand-made files alone")
     arguments = parser.parse_args(argv)
+    import resource  # where there is no such module, tests still import this one
+
     seeds = {**SAMPLES, "index": INDEX, **({} if arguments.no_torch else torch_samples())}
     names, pool = list(seeds), list(seeds.values())
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
