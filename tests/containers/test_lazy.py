@@ -1,7 +1,6 @@
 """Opening a file of gigabytes touches its index; the files here have holes and take no room on the disk."""
 
 import struct
-import time
 import zipfile
 from pathlib import Path
 
@@ -61,9 +60,8 @@ def test_opening_touches_the_index_alone(tmp_path, make):
     path = tmp_path / "model"
     make(path)
     assert path.stat().st_blocks * 512 < 2**24, "the file system has no sparse files"
-    before, start = resident(), time.perf_counter()
+    before = resident()
     array = containers.read(path)["w"]
-    assert time.perf_counter() - start < 2
     # The kernel maps pages around each that is touched, some megabytes in all; the file has five thousand.
     assert resident() - before < 2**25
     assert array.shape == (COUNT,)
