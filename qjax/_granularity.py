@@ -270,11 +270,6 @@ def statistic_shape(shape: Shape, granularity: Granularity, caller: str = "qjax"
     return _counts(shape, block_shape(shape, granularity, caller))
 
 
-def is_blocked(granularity: Granularity) -> bool:
-    """Whether scales repeat along an axis, so that they have to be spread before they broadcast."""
-    return isinstance(granularity, PerGroup | PerBlock)
-
-
 def _paired(x: jax.Array, granularity: Granularity, fill: float | None, caller: str) -> tuple[jax.Array, Shape]:
     """X with each axis split in two, blocks and neighbours within one; and how many blocks there are along each axis."""
     block = block_shape(x.shape, granularity, caller)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -284,6 +285,15 @@ def check_spec(spec: object, caller: str) -> None:
             f"{caller}: spec must be a qjax.QuantSpec, got {spec!r} of type {type(spec).__name__}. Wrap a format as "
             "qjax.QuantSpec(qjax.int8)."
         )
+
+
+def observable(x: ArrayLike, spec: QuantSpec, caller: str) -> jax.Array:
+    """Return x as statistics are taken of it, without a gradient; raise unless it is floating point and fits the spec."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}.")
+    statistic_shape(x.shape, spec.granularity, caller)
+    return lax.stop_gradient(x)
 
 
 def check_qparams(qparams: QParams, spec: QuantSpec, x: jax.Array, caller: str) -> None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from qjax._granularity import PerToken, statistic_shape
-from qjax._qparams import QParams, check_spec
+from qjax._granularity import PerToken
+from qjax._qparams import QParams, check_spec, observable
 from qjax._quantize import QTensor, dequantize, quantize_with_mask
 from qjax._spec import QuantSpec
 
@@ -111,12 +111,7 @@ class Estimator(abc.ABC):
         return self.estimate(vars, x, Rounded(tensor, lax.stop_gradient(dequantize(tensor, x.dtype)), in_range))
 
     def _check(self, x: ArrayLike, method: str) -> jax.Array:
-        x = jnp.asarray(x)
-        caller = f"{type(self).__name__}.{method}"
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}.")
-        statistic_shape(x.shape, self.spec.granularity, caller)
-        return lax.stop_gradient(x)
+        return observable(x, self.spec, f"{type(self).__name__}.{method}")
 
 
 def positive(scale: jax.Array, eps: float) -> jax.Array:

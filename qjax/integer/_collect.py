@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from qjax._quantize import QTensor, quantize
-from qjax.estimators import Estimator
+from qjax._quantize import QTensor
 from qjax.integer._program import IntegerInterpreter
 from qjax.transform import _jaxpr
 from qjax.transform._calls import first_slice, hide_absent, split_states
 from qjax.transform._interpret import Plan
-from qjax.transform._quantizer import Quantizer
+from qjax.transform._quantizer import Quantizer, quantize_by
 from qjax.transform._tied import Tied
 from qjax.transform._trace import Graph, Node, Op
 from qjax.transform._values import ABSENT, Value, thin, to_real
@@ -52,9 +51,9 @@ class Collector(IntegerInterpreter):
 
     def _codes(self, key: str, observer: Quantizer, weight: jax.Array) -> QTensor:
         state = observer.update(observer.init(weight), weight) if observer.dynamic else self._state[key]
-        if isinstance(observer, Estimator):
-            return QTensor.of(observer.quantize(state, weight)[0], observer.qparams(state), observer.spec)
-        return quantize(weight, observer.qparams(state), observer.spec)
+        qparams = observer.qparams(state)
+        codes, _ = quantize_by(observer, state, weight, qparams, "convert")
+        return QTensor.of(codes, qparams, observer.spec)
 
     def _equation(self, graph: Graph, node: Node, values: list[Value], env: Any) -> Sequence[Value]:
         for name, epilogue in graph.epilogues.items():

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from qjax._granularity import reduce, statistic_shape
-from qjax._qparams import QParams, check_spec, choose_qparams
+from qjax._qparams import QParams, check_spec, choose_qparams, observable
 from qjax._spec import QuantSpec
 
 State = Any  # a pytree of arrays; each observer names its own
@@ -62,12 +61,7 @@ class Observer(abc.ABC):
         """Whether the state has seen data: a bool array of shape `()`."""
 
     def _check(self, x: ArrayLike, method: str) -> jax.Array:
-        x = jnp.asarray(x)
-        caller = f"{type(self).__name__}.{method}"
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}.")
-        statistic_shape(x.shape, self.spec.granularity, caller)
-        return lax.stop_gradient(x)
+        return observable(x, self.spec, f"{type(self).__name__}.{method}")
 
 
 def channels(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:

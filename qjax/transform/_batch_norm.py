@@ -104,8 +104,7 @@ class Finder:
 
     def is_from_params(self, operand: Operand) -> bool:
         """Whether it is known once the parameters are."""
-        known = self._graph.known(operand)
-        return known.fixed or known.derived or known.path is not None
+        return self._graph.known(operand).is_from_params
 
     def cone(self, operands: Sequence[Operand | None], stop: int | None = None) -> set[int]:
         """What the operands are computed from, themselves included; not looked for behind the value `stop`."""

@@ -93,8 +93,7 @@ def affine_of_norm(graph: Graph, node: Node, value: int) -> bool:
 
 def _is_activation(graph: Graph, operand: Any) -> bool:
     """Whether a value depends on more than parameters and constants."""
-    known = graph.known(operand)
-    return not (known.fixed or known.derived or known.path is not None)
+    return not graph.known(operand).is_from_params
 
 
 class _Patterns:

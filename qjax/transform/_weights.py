@@ -50,6 +50,11 @@ class Known(NamedTuple):
     derived: bool = False  # whether it is computed from parameters and constants alone, and no weight itself
     order: tuple[int, ...] | None = None  # of a whole parameter, transposed perhaps: which of its axes the axes are
 
+    @property
+    def is_from_params(self) -> bool:
+        """Whether it depends on parameters and constants alone, so that it is known once the parameters are."""
+        return self.fixed or self.derived or self.path is not None
+
 
 def through(eqn: Any, inputs: Sequence[Known], derive: bool = False) -> list[Known]:
     """What is known of the outputs of an equation that calls nothing, given what is known of its inputs.
@@ -68,7 +73,7 @@ def through(eqn: Any, inputs: Sequence[Known], derive: bool = False) -> list[Kno
         return [Known(path, sliced_by, order=_order(eqn, inputs[0].order))] * count
     if name in BY_INDEX and inputs[0].path is not None and all(known.fixed for known in inputs[1:]):
         return [inputs[0]] * count
-    if not eqn.effects and all(known.fixed or known.derived or known.path is not None for known in inputs):
+    if not eqn.effects and all(known.is_from_params for known in inputs):
         if not derive or not paths:
             return [Known(derived=True)] * count
         path = paths[0] if len(set(paths)) == 1 else _common_path(paths, "derived")

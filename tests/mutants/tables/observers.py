@@ -19,7 +19,8 @@ WITH_TORCH = (f"{TORCH}::test_statistics_and_qparams", TORCH)
 _BASE = (
     base(
         name="observer/gradient-flows",
-        within="Observer._check",
+        file="qjax/_qparams.py",  # what observers and estimators take their statistics of
+        within="observable",
         kind="gradient",
         old="return lax.stop_gradient(x)",
         new="return x",
