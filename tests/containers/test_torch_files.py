@@ -10,6 +10,7 @@ import pytest
 
 from qjax import containers
 from qjax.containers import Call, Global, Parameter, RawTensor, Record
+from tests.torch_engine import torch_engine
 
 torch = pytest.importorskip("torch", reason="PyTorch is the oracle of its own format")
 
@@ -251,28 +252,21 @@ class Net(torch.nn.Module):
 
 @pytest.mark.parametrize("engine", ["fbgemm", "qnnpack", "onednn"])
 def test_converted_module(tmp_path, engine):
-    if engine not in torch.backends.quantized.supported_engines:
-        pytest.skip(f"this build of PyTorch lacks {engine}")
     torch.manual_seed(0)
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # observers warn of their own defaults
-            net = Net().eval()
-            net.qconfig = torch.ao.quantization.get_default_qconfig(engine)
-            torch.ao.quantization.prepare(net, inplace=True)
-            net(torch.randn(2, 3, 4, 4))
-            torch.ao.quantization.convert(net, inplace=True)
-            state = net.state_dict()
-            tree = containers.read(save(tmp_path, state))
-            path = tmp_path / "written.pt"
-            containers.write_torch_zip(path, tree)
-            loaded = {mmap: torch.load(path, weights_only=True, mmap=mmap) for mmap in (False, True)}
-            for back in loaded.values():
-                assert net.load_state_dict(back).missing_keys == []
-    finally:
-        torch.backends.quantized.engine = before
+    with torch_engine(engine), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # observers warn of their own defaults
+        net = Net().eval()
+        net.qconfig = torch.ao.quantization.get_default_qconfig(engine)
+        torch.ao.quantization.prepare(net, inplace=True)
+        net(torch.randn(2, 3, 4, 4))
+        torch.ao.quantization.convert(net, inplace=True)
+        state = net.state_dict()
+        tree = containers.read(save(tmp_path, state))
+        path = tmp_path / "written.pt"
+        containers.write_torch_zip(path, tree)
+        loaded = {mmap: torch.load(path, weights_only=True, mmap=mmap) for mmap in (False, True)}
+        for back in loaded.values():
+            assert net.load_state_dict(back).missing_keys == []
     assert list(tree) == list(state)
     assert tree.metadata == state._metadata
     assert tree["linear._packed_params.dtype"] == Global("torch.qint8")

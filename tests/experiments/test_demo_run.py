@@ -10,6 +10,7 @@ from experiments.demo import data, results
 from experiments.demo.__main__ import main
 from experiments.demo.model import CHANNELS, CLASSES, HIDDEN
 from experiments.demo.recipes import SETTINGS
+from tests.torch_engine import torch_engine
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +64,23 @@ def test_eight_bits_are_quieter_than_four(found):
 
 def test_torch_runs_the_checkpoint_to_the_same_accuracy(folder, found):
     torch = pytest.importorskip("torch")
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("torch was built without fbgemm")
     quantized, fused = torch.ao.nn.quantized, torch.ao.nn.intrinsic.quantized
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates all of its quantized modules
-            model = torch.nn.ModuleDict(
-                {
-                    "quant": quantized.Quantize(1.0, 0, torch.quint8),
-                    "conv1": fused.ConvReLU2d(1, CHANNELS[0], 3, padding=1),
-                    "conv2": fused.ConvReLU2d(CHANNELS[0], CHANNELS[1], 3, padding=1),
-                    "fc1": fused.LinearReLU(4 * CHANNELS[1], HIDDEN),
-                    "fc2": quantized.Linear(HIDDEN, CLASSES),
-                }
-            )
-            model.load_state_dict(torch.load(folder / "digits_int8.pt", weights_only=True))
-            _, test = data.load(0.4)
-            x = model["quant"](torch.from_numpy(np.ascontiguousarray(test.images.transpose(0, 3, 1, 2))))
-            for name in ("conv1", "conv2"):
-                x = torch.nn.functional.max_pool2d(model[name](x), 2)
-            logits = model["fc2"](model["fc1"](x.flatten(1))).dequantize().numpy()
-    finally:
-        torch.backends.quantized.engine = engine
+    with torch_engine("fbgemm"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates all of its quantized modules
+        model = torch.nn.ModuleDict(
+            {
+                "quant": quantized.Quantize(1.0, 0, torch.quint8),
+                "conv1": fused.ConvReLU2d(1, CHANNELS[0], 3, padding=1),
+                "conv2": fused.ConvReLU2d(CHANNELS[0], CHANNELS[1], 3, padding=1),
+                "fc1": fused.LinearReLU(4 * CHANNELS[1], HIDDEN),
+                "fc2": quantized.Linear(HIDDEN, CLASSES),
+            }
+        )
+        model.load_state_dict(torch.load(folder / "digits_int8.pt", weights_only=True))
+        _, test = data.load(0.4)
+        x = model["quant"](torch.from_numpy(np.ascontiguousarray(test.images.transpose(0, 3, 1, 2))))
+        for name in ("conv1", "conv2"):
+            x = torch.nn.functional.max_pool2d(model[name](x), 2)
+        logits = model["fc2"](model["fc1"](x.flatten(1))).dequantize().numpy()
     correct = int(np.sum(logits.argmax(-1) == test.labels))
     assert 100.0 * correct / len(test.labels) == found["integer_accuracy"]

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import qjax
+from tests.torch_engine import torch_engine
 from tests.transform.models import jitted
 
 torch = pytest.importorskip("torch", reason="PyTorch's modules are what is compared with")
@@ -19,12 +20,8 @@ EPS, MOMENTUM = 1e-3, 0.1
 
 @pytest.fixture(autouse=True)
 def _fbgemm():
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this build of torch has no fbgemm, whose formula is compared with")
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    yield
-    torch.backends.quantized.engine = before
+    with torch_engine("fbgemm"):
+        yield
 
 
 class Net(torch.nn.Module):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qjax
+from tests.torch_engine import torch_engine
 from tests.transform.models import add_bias, normal
 
 torch = pytest.importorskip("torch", reason="PyTorch's kernels are what is compared with")
@@ -17,12 +18,8 @@ ENGINES = ("fbgemm", "onednn", "qnnpack", "x86")
 @pytest.fixture
 def engine(request):
     """Torch's engine of that name, for the time of a test."""
-    if request.param not in torch.backends.quantized.supported_engines:
-        pytest.skip(f"this build of torch has no {request.param}, whose kernels are compared with")
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = request.param
-    yield request.param
-    torch.backends.quantized.engine = before
+    with torch_engine(request.param) as name:
+        yield name
 
 
 def fn(p, x):

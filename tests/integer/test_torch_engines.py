@@ -8,7 +8,9 @@ import pytest
 import qjax
 from qjax import Recipe, Rule, observers
 from qjax.integer._kernels import accumulate
+from tests.integer.test_torch_fbgemm import CONVS as FBGEMM_CONVS
 from tests.integer.test_torch_fbgemm import run_torch
+from tests.torch_engine import torch_engine
 from tests.transform.models import A7, A8, add_bias, conv, mismatches, with_range
 
 torch = pytest.importorskip("torch", reason="PyTorch's kernels are what is compared with")
@@ -22,12 +24,8 @@ PER_TENSOR, PER_CHANNEL = qjax.PerTensor(), qjax.PerChannel(-1)
 @pytest.fixture
 def engine(request):
     """Torch's engine of that name, for the time of a test."""
-    if request.param not in torch.backends.quantized.supported_engines:
-        pytest.skip(f"this build of torch has no {request.param}, whose kernels are compared with")
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = request.param
-    yield request.param
-    torch.backends.quantized.engine = before
+    with torch_engine(request.param) as name:
+        yield name
 
 
 def activation(engine):
@@ -105,14 +103,8 @@ def check_linear(rng, engine, granularity, *, rows, has_bias, relu, factors):
     return total
 
 
-CONVS = {
-    "plain": {"padding": "VALID"},
-    "padded": {"padding": ((1, 1), (1, 1))},
-    "strided": {"padding": ((1, 1), (1, 1)), "strides": (2, 2)},
-    "dilated": {"padding": ((2, 2), (2, 2)), "rhs_dilation": (2, 2)},
-    "grouped": {"padding": ((1, 1), (1, 1)), "feature_group_count": 2},
+CONVS = FBGEMM_CONVS | {
     "grouped, strided": {"padding": ((1, 1), (1, 1)), "feature_group_count": 2, "strides": (2, 1)},
-    "depthwise": {"padding": ((1, 1), (1, 1)), "feature_group_count": 4},
 }
 
 

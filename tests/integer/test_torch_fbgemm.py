@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax import Recipe, Rule, observers
+from tests.torch_engine import torch_engine
 from tests.transform.models import A7, A8, add_bias, calibrated, conv, mismatches, normal, with_range
 
 torch = pytest.importorskip("torch", reason="PyTorch's kernels are what is compared with")
@@ -16,12 +17,8 @@ nniq = pytest.importorskip("torch.ao.nn.intrinsic.quantized", reason="this torch
 
 @pytest.fixture(autouse=True)
 def _fbgemm():
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this build of torch has no fbgemm, whose formula is compared with")
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    yield
-    torch.backends.quantized.engine = before
+    with torch_engine("fbgemm"):
+        yield
 
 
 def ties(rng, fn, weight, bias, spec, granularity, codes, factors, weight_format=qjax.int8):

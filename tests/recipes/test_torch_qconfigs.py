@@ -10,6 +10,7 @@ import pytest
 import qjax
 from qjax import observers, recipes
 from qjax._conventions import TORCH_EPS
+from tests.torch_engine import torch_engine
 
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
 XNNPACK = ("symmetric_qnnpack", "per_channel_symmetric_qnnpack")
@@ -155,19 +156,13 @@ def test_the_dynamic_linear_kernel_quantizes_its_input_so(engine, rng):
     """What torch's dynamic Linear gives, from the codes that the recipe predicts; with the other range it would not."""
     torch = pytest.importorskip("torch")
     dynamic = pytest.importorskip("torch.ao.nn.quantized.dynamic")
-    if engine not in torch.backends.quantized.supported_engines:
-        pytest.skip(f"this build of torch has no {engine}")
     x = rng.normal(size=(64, 32)).astype(np.float32)
     weight = rng.normal(size=(16, 32)).astype(np.float32)
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
-    try:
+    with torch_engine(engine):
         module = dynamic.Linear(32, 16, bias_=False)
         scale = float(np.abs(weight).max() / 127.5)
         module.set_weight_bias(torch.quantize_per_tensor(torch.from_numpy(weight), scale, 0, torch.qint8), None)
         wanted = module(torch.from_numpy(x)).numpy()
-    finally:
-        torch.backends.quantized.engine = before
     params = {"fc": {"w": jnp.asarray(weight.T)}}
     errors = {}
     for reduce_range in (None, False, True):
