@@ -1,8 +1,8 @@
 """What the examples share: two small sets of data that need no download, a loss, and how results are printed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,20 @@ class Result(NamedTuple):
         for name in ("float", "quantized", "integer"):
             print(f"{name:<10}{what:>8}   {getattr(self, name):.3f}")
         return self
+
+
+def compare(
+    what: str,
+    measure: Callable[[jax.Array, np.ndarray], Any],
+    target: np.ndarray,
+    losses: list[float],
+    logits: jax.Array,
+    quantized: jax.Array,
+    integer: jax.Array,
+) -> Result:
+    """Print and return what the float model, mode "eval" and the integer program make of the same test data."""
+    measured = (float(measure(each, target)) for each in (logits, quantized, integer))
+    return Result(losses, *measured, int(np.sum(quantized != integer))).show(what)
 
 
 def digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

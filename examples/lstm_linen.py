@@ -4,12 +4,11 @@ python -m examples.lstm_linen
 """
 
 import jax
-import numpy as np
 import optax
 from flax import linen as nn
 
 import qjax
-from examples._common import Result, accuracy, batches, cross_entropy, digits
+from examples._common import accuracy, batches, compare, cross_entropy, digits
 
 
 class Reader(nn.Module):
@@ -51,13 +50,7 @@ def main():
     float_logits = jax.jit(model.apply)(variables, test_images)
     logits = jax.jit(q.apply)(variables, test_images)
     integer_logits = jax.jit(integer)(test_images)
-    return Result(
-        losses,
-        accuracy(float_logits, test_labels),
-        accuracy(logits, test_labels),
-        accuracy(integer_logits, test_labels),
-        int(np.sum(logits != integer_logits)),
-    ).show("accuracy")
+    return compare("accuracy", accuracy, test_labels, losses, float_logits, logits, integer_logits)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ python -m examples.mlp_equinox
 
 import equinox as eqx
 import jax
-import numpy as np
 import optax
 
 import qjax
-from examples._common import Result, accuracy, batches, cross_entropy, digits
+from examples._common import accuracy, batches, compare, cross_entropy, digits
 
 
 def main():
@@ -47,13 +46,7 @@ def main():
     float_logits = jax.jit(forward)(params, test_images)
     logits, _ = jax.jit(prepared, static_argnames="mode")(qvars, params, test_images, mode="eval")
     integer_logits = jax.jit(integer)(test_images)
-    return Result(
-        losses,
-        accuracy(float_logits, test_labels),
-        accuracy(logits, test_labels),
-        accuracy(integer_logits, test_labels),
-        int(np.sum(logits != integer_logits)),
-    ).show("accuracy")
+    return compare("accuracy", accuracy, test_labels, losses, float_logits, logits, integer_logits)
 
 
 if __name__ == "__main__":

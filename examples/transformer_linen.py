@@ -6,13 +6,11 @@ Every layer has quantizers of its own: their state is stacked by layer, as the s
 """
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
 import qjax
-from examples._common import CONTEXT, Result, batches, cross_entropy, text
+from examples._common import CONTEXT, batches, compare, cross_entropy, text
 
 WIDTH, LAYERS, HEADS = 32, 3, 2
 
@@ -80,8 +78,7 @@ def main():
     integer = q.convert(variables, tokens[:1])
     float_logits = jax.jit(model.apply)(variables, tokens)
     logits, integer_logits = jax.jit(q.apply)(variables, tokens), jax.jit(integer)(tokens)
-    spelled = (float(cross_entropy(jnp.asarray(each), target)) for each in (float_logits, logits, integer_logits))
-    return Result(losses, *spelled, int(np.sum(logits != integer_logits))).show("loss")
+    return compare("loss", cross_entropy, target, losses, float_logits, logits, integer_logits)
 
 
 if __name__ == "__main__":

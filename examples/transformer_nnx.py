@@ -4,12 +4,11 @@ python -m examples.transformer_nnx
 """
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
 import qjax
-from examples._common import CONTEXT, Result, batches, cross_entropy, text
+from examples._common import CONTEXT, batches, compare, cross_entropy, text
 
 WIDTH, LAYERS, HEADS = 32, 2, 2
 
@@ -66,8 +65,7 @@ def main():
     integer = q.convert(tokens[:1])
     evaluate = nnx.jit(lambda module, tokens: module(tokens))
     float_logits, logits, integer_logits = evaluate(model, tokens), evaluate(q, tokens), jax.jit(integer)(tokens)
-    spelled = (float(cross_entropy(each, target)) for each in (float_logits, logits, integer_logits))
-    return Result(losses, *spelled, int(np.sum(logits != integer_logits))).show("loss")
+    return compare("loss", cross_entropy, target, losses, float_logits, logits, integer_logits)
 
 
 if __name__ == "__main__":
