@@ -23,6 +23,7 @@ from qjax.containers._source import Source, label, open_source
 from qjax.containers._zip_reader import ZipRecords, read_directory
 from qjax.containers._zip_writer import ZipWriter
 from qjax.integer import _tree
+from qjax.transform._prepare import shapes_of
 from qjax.transform._recipe_json import read_spec, write_spec
 
 _SCHEMA, _VERSION = "qjax.integer_program", 1
@@ -38,7 +39,7 @@ def save(program: Any, path: str | os.PathLike[str], args: Sequence[Any], platfo
     """See `IntegerProgram.save`."""
     arrays, structure = jax.tree.flatten(program.arrays())
     inputs = _tree.describe(tuple(args), "an argument")
-    shapes = [_as_shape(leaf) for leaf in _tree.arrays_of(tuple(args), inputs, "args")]
+    shapes = shapes_of(list(_tree.arrays_of(tuple(args), inputs, "args")))
     results: dict[str, Any] = {}
 
     def flat(name: str, call: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
@@ -58,7 +59,7 @@ def save(program: Any, path: str | os.PathLike[str], args: Sequence[Any], platfo
         specs.update({key: q.spec for key, q in found.items()})
         return {key: [_fields(q)[name] for name in _fields(q)] for key, q in found.items()}
 
-    given = [_as_shape(array) for array in arrays]
+    given = shapes_of(arrays)
     calls = {"program": lambda program, args: program(*args), "codes": codes}
     exported = {name: _export(flat(name, call), given, shapes, platforms) for name, call in calls.items()}
     header = {
@@ -178,12 +179,6 @@ _FIELDS = ("codes", "scale", "zero_point", "tensor_scale", "amax")
 
 def _fields(q: QTensor) -> dict[str, jax.Array | None]:
     return {name: getattr(q, name) for name in _FIELDS}
-
-
-def _as_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
 
 
 def _write_shape(shape: Any) -> dict[str, Any]:
@@ -316,7 +311,7 @@ def _exported(records: ZipRecords, name: str, header: dict[str, Any], arrays: Se
     outputs = [shape(value) for value in about["results"][1]]
     stand_in = jax.jit(lambda arrays, leaves: [jnp.zeros(out.shape, out.dtype) for out in outputs], keep_unused=True)
     try:
-        template = jax.export.export(stand_in)([_as_shape(array) for array in arrays], inputs)
+        template = jax.export.export(stand_in)(shapes_of(list(arrays)), inputs)
     except Exception as error:  # of a result with a symbol that no argument has, JAX raises an error of its own
         raise ValueError(f"shapes that are none: {error}") from error
     platforms, convention = about["platforms"], about["calling_convention"]
