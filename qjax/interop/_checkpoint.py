@@ -10,7 +10,8 @@ import numpy as np
 
 from qjax import containers
 from qjax._quantize import QTensor
-from qjax.interop._outputs import is_dynamic, module_outputs
+from qjax.interop._dialects import Contents, recognise
+from qjax.interop._packed import unpack_script
 from qjax.interop._torch_tensors import from_node, to_node
 
 _PACKED = "_packed_params._packed_params"
@@ -20,13 +21,15 @@ class Checkpoint(Mapping[str, Any]):
     """What a checkpoint holds, by name: QTensor, numpy array or scalar. Read-only; made by `load`.
 
     Names are the file's own keys, except that a quantized Linear's packed tuple `fc._packed_params._packed_params` is
-    unpacked to `fc.weight` and `fc.bias`.
+    unpacked to `fc.weight` and `fc.bias`, and the script objects of a dynamic LSTM, GRU or cell to `weight_ih`, `weight_hh`,
+    `bias_ih` and `bias_hh` of `lstm._all_weight_values.0` and so on, or of the cell.
 
     Attributes:
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
-      dialect: `"eager_static"`; `"eager_dynamic"` where all outputs are quantized at run time; or `"plain"` where nothing
-        quantized was recognised.
+      dialect: What wrote it, recognised by its keys: `"qat_prepared"` (fake-quantization), `"prepared"` (observers),
+        `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at run time; or `"plain"` where nothing of
+        quantization was recognised.
       packed: The modules whose weight and bias were unpacked.
     """
 
@@ -111,21 +114,14 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
     except containers.FormatError as error:
         error.locate(file=os.fspath(path))
         raise
+    metadata = tree.metadata if isinstance(tree, containers.Record) else {}
     return Checkpoint(
         tensors,
         path=os.fspath(path),
-        metadata=tree.metadata if isinstance(tree, containers.Record) else {},
-        dialect=_dialect(tensors, packed),
+        metadata=metadata,
+        dialect=recognise(Contents(tensors, metadata, frozenset(packed))),
         packed=packed,
     )
-
-
-def _dialect(tensors: Mapping[str, Any], packed: set[str]) -> str:
-    if not packed and not any(isinstance(value, QTensor) for value in tensors.values()):
-        return "plain"
-    outputs = module_outputs(tensors)
-    dynamic = [module in packed and is_dynamic(*outputs[module]) for module in outputs]
-    return "eager_dynamic" if dynamic and all(dynamic) else "eager_static"
 
 
 def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> None:
@@ -138,6 +134,10 @@ def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> No
         for part, value in zip(("weight", "bias"), node, strict=True):
             if value is not None:
                 into[module + part] = from_node(value, module + part)
+    elif isinstance(node, containers.Object) and (unpacked := unpack_script(name, node)) is not None:
+        for part, value in unpacked.values.items():
+            into[part] = from_node(value, part)
+        packed.add(unpacked.module)
     elif isinstance(node, tuple | list):
         for index, value in enumerate(node):
             _flatten(value, f"{name}.{index}", into, packed)

@@ -21,6 +21,7 @@ from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.interop._checkpoint import Checkpoint
 from qjax.interop._outputs import is_dynamic, module_outputs
+from qjax.interop._text import printable, span
 from qjax.interop._torch_tensors import kind_of, torch_dtype
 
 _DYNAMIC = "dynamic (or never calibrated): scale and zero_point are found at run time"
@@ -75,27 +76,22 @@ class Explanation:
         out = io.StringIO()
         console = Console(file=out, width=width, force_terminal=color, color_system="auto" if color else None)
         summary = f"{self.dialect}, {len(self.points)} quantized, {len(self.floats)} float"
-        console.print(Text(_printable(f"{self.path}: {summary}")))
+        console.print(Text(printable(f"{self.path}: {summary}")))
         if self.points:
             console.print("real = scale · (q - zero_point)")
             console.print(_table(self.points))
             console.print(_last_output(self.points, bool(self.notes)))
         for module, why in self.notes:
-            console.print(Text(_printable(f"The output of {module}: {why}.")))
+            console.print(Text(printable(f"The output of {module}: {why}.")))
         if self.floats:
             listed = ", ".join(f"{name} {dtype}{list(shape)}" for name, shape, dtype in self.floats)
-            console.print(Text(_printable(f"Not quantized: {listed}")))
+            console.print(Text(printable(f"Not quantized: {listed}")))
         for name, what in self.unread:
-            console.print(Text(_printable(f"Not interpreted: {name}: {what}")))
+            console.print(Text(printable(f"Not interpreted: {name}: {what}")))
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
     def __str__(self) -> str:
         return self.render()
-
-
-def _printable(text: str) -> str:
-    """A file's names go to a terminal: nothing in them may act on it."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _table(points: Sequence[Point]) -> Table:
@@ -109,19 +105,14 @@ def _table(points: Sequence[Point]) -> Table:
         granularity, symmetry = point.scheme.split()
         axis = "" if point.axis is None else f"({point.axis})"
         table.add_row(
-            Text(_printable(point.name) + f"\n{point.role}{shape}"),
+            Text(printable(point.name) + f"\n{point.role}{shape}"),
             f"{point.dtype} {granularity}{axis}\n{point.quant_min}..{point.quant_max} {symmetry}",
-            _span(point.scale),
-            _span(point.zero_point),
+            span(point.scale),
+            span(point.zero_point),
             f"{point.real_min:.4g}\n.. {point.real_max:.4g}",
             "" if point.share_at_limits is None else f"{100 * point.share_at_limits:.2f} %",
         )
     return table
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.4g}" if low == high else f"{low:.4g}\n.. {high:.4g}"
 
 
 def _minus(zero_point: int) -> str:
@@ -134,7 +125,7 @@ def _last_output(points: Sequence[Point], others: bool) -> Text:
         return Text("No module stores the qparams of an output: activations are float, or quantized at run time.")
     last = outputs[-1]
     which = "the last module in the file" + (" with qparams of its own" if others else "")
-    return Text(_printable(f"{which.capitalize()}, {last.name}, means: real = {last.law}"))
+    return Text(printable(f"{which.capitalize()}, {last.name}, means: real = {last.law}"))
 
 
 def explain(checkpoint: Checkpoint) -> Explanation:

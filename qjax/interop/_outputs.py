@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 
-def module_outputs(tensors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def module_outputs(tensors: Mapping[str, Any], only: str | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Scale and zero_point by module, where both are there: one float and one integer, whatever their values."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, scale in tensors.items():
+    names = tensors if only is None else [f"{only}.scale" if only else "scale"]
+    for name in names:
         module, _, last = name.rpartition(".")
-        zero_point = tensors.get(f"{module}.zero_point")
+        scale, zero_point = tensors.get(name), tensors.get(f"{module}.zero_point" if module else "zero_point")
         if last != "scale" or not isinstance(scale, np.ndarray) or not isinstance(zero_point, np.ndarray):
             continue
         if scale.size == zero_point.size == 1 and scale.dtype.kind == "f" and zero_point.dtype.kind in "iu":

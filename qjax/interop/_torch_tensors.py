@@ -154,4 +154,5 @@ def kind_of(node: Any) -> str:
 
 def torch_dtype(spec: QuantSpec) -> str:
     """Torch's name for the codes of a spec, such as `qint8`; qjax's own where torch has none."""
-    return _TORCH_NAMES.get(str(spec.format), str(spec.format))
+    name = str(spec.format).removesuffix("_narrow")
+    return _TORCH_NAMES.get(name, name)

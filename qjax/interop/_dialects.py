@@ -1,0 +1,76 @@
+"""All dialects: which one a file speaks is recognised, not asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qjax._spec import QuantSpec
+from qjax.interop._dialect import Assumptions, Contents, Dialect
+from qjax.interop._dialect_dynamic import EagerDynamic
+from qjax.interop._dialect_static import EagerStatic
+from qjax.interop._points import PointTable, QuantPoint
+from qjax.recipes._torch import Engine
+
+if TYPE_CHECKING:
+    from qjax.interop._checkpoint import Checkpoint
+
+# A file of several dialects is called by the first.
+DIALECTS: tuple[Dialect, ...] = (EagerStatic(), EagerDynamic())
+
+
+def recognise(contents: Contents) -> str:
+    """The name of the dialect; `"plain"` where there is none."""
+    return next((dialect.name for dialect in DIALECTS if dialect.recognises(contents)), "plain")
+
+
+def points(
+    checkpoint: Checkpoint,
+    *,
+    engine: Engine = "x86",
+    activation: QuantSpec | None = None,
+    weight: QuantSpec | None = None,
+) -> PointTable:
+    """List where a checkpoint is quantized, by which numbers, and where each came from.
+
+    What a file does not hold is not made up: it is marked `"assumed"` or `"unknown"`, with the reason.
+
+    Args:
+      checkpoint: From `load`.
+      engine: Of files of observers, which hold ranges and neither dtype nor scheme: whose default qconfig to assume.
+      activation: What to assume of activations in the place of the engine's.
+      weight: What to assume of weights.
+
+    Returns:
+      A `PointTable`: print it, or look at its `QuantPoint`s.
+
+    Examples:
+      >>> import jax.numpy as jnp, numpy as np, os, qjax, tempfile
+      >>> spec = qjax.QuantSpec(qjax.int8, symmetric=True)
+      >>> q = qjax.quantize(jnp.array([[0.5, -1.0]]), qjax.QParams(jnp.float32(0.125), jnp.int32(0)), spec)
+      >>> path = os.path.join(tempfile.mkdtemp(), "model.pt")
+      >>> state = {"conv.weight": q, "conv.scale": np.float32(0.25), "conv.zero_point": np.int64(3)}
+      >>> qjax.interop.save(path, state)
+      >>> table = qjax.interop.points(qjax.interop.load(path))
+      >>> [(point.role, point.scale, point.qparams_from.kind) for point in table]
+      [('weight', (0.125,), 'file'), ('input', None, 'unknown'), ('output', (0.25,), 'file')]
+    """
+    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed)
+    assume = Assumptions(engine=engine, activation=activation, weight=weight)
+    found: list[QuantPoint] = []
+    for dialect in DIALECTS:
+        found += dialect.points(contents, assume)
+    return PointTable(checkpoint.path, checkpoint.dialect, tuple(_in_file_order(found, contents)))
+
+
+_ROLES = {"weight": 0, "input": 1, "output": 2}
+
+
+def _in_file_order(found: list[QuantPoint], contents: Contents) -> list[QuantPoint]:
+    """By the first key of each module, then weight, input, output."""
+    first: dict[str, int] = {}
+    for index, key in enumerate(contents.tensors):
+        module = key
+        while module:
+            module = module.rpartition(".")[0]
+            first.setdefault(module, index)
+    return sorted(found, key=lambda point: (first.get(point.op, len(contents.tensors)), point.op, _ROLES[point.role]))

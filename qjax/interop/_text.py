@@ -1,0 +1,16 @@
+"""What a terminal shows of names and numbers that a file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """A file's names go to a terminal: nothing in them may act on it."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def span(values: Sequence[float]) -> str:
+    """One number, or the smallest and the largest of several."""
+    low, high = min(values), max(values)
+    return f"{low:.4g}" if low == high else f"{low:.4g}\n.. {high:.4g}"
