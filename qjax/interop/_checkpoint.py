@@ -15,6 +15,8 @@ from qjax.interop._packed import unpack_script
 from qjax.interop._torch_tensors import from_node, to_node
 
 _PACKED = "_packed_params._packed_params"
+_PACKED_WEIGHT = "_packed_params._packed_weight"  # of an Embedding or an EmbeddingBag
+_OLD_PACKED = ("_packed_params.weight", "_packed_params.bias")  # of a Linear, up to `_metadata` version 2
 
 
 class Checkpoint(Mapping[str, Any]):
@@ -141,6 +143,12 @@ def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> No
     elif isinstance(node, tuple | list):
         for index, value in enumerate(node):
             _flatten(value, f"{name}.{index}", into, packed)
+    elif name.endswith((_PACKED_WEIGHT, *_OLD_PACKED)):
+        start, _, last = name.rpartition("_packed_params.")
+        packed.add(start.removesuffix("."))
+        # An old Linear without a bias says so by a None.
+        if node is not None:
+            into[start + last.removeprefix("_packed_")] = from_node(node, name)
     else:
         into[name] = from_node(node, name)
 

@@ -7,7 +7,7 @@ import numpy as np
 from qjax._formats import uint8
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
-from qjax.interop._dialect import Assumptions, Contents, split
+from qjax.interop._dialect import Assumptions, Contents, member, split
 from qjax.interop._dialect_dynamic import is_dynamic_module
 from qjax.interop._outputs import module_outputs
 from qjax.interop._points import Origin, QuantPoint, range_point, tensor_point
@@ -22,10 +22,8 @@ class EagerStatic:
     name = "eager_static"
 
     def recognises(self, contents: Contents) -> bool:
-        """Whether there is a quantized tensor, or an output of a packed module, that is not of a dynamic one."""
-        if _weights(contents):
-            return True
-        return any(module in contents.packed for module in _outputs(contents))
+        """Whether there is a quantized tensor, or an output with qparams of its own, that is not of a dynamic module."""
+        return bool(_weights(contents)) or bool(_outputs(contents))
 
     def points(self, contents: Contents, assume: Assumptions) -> list[QuantPoint]:
         """Weights, the inputs that are another module's outputs, and outputs."""
@@ -44,7 +42,8 @@ class EagerStatic:
         for op, (scale, zero_point) in outputs.items():
             # A Quantize module holds arrays of one element, where the others hold scalars: what it puts out is the
             # model's input.
-            role = "input" if np.shape(scale) == (1,) and op not in contents.packed else "output"
+            stub = np.shape(scale) == (1,) and op not in contents.packed and not _is_batch_norm(op, contents)
+            role = "input" if stub else "output"
             key = f"{op}.scale" if op else "scale"
             found.append(
                 range_point(
@@ -69,5 +68,16 @@ def _weights(contents: Contents) -> dict[str, QTensor]:
 
 
 def _outputs(contents: Contents) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    found = module_outputs(contents.tensors)
-    return {module: qparams for module, qparams in found.items() if not is_dynamic_module(module, contents)}
+    return {
+        module: (scale, zero_point)
+        for module, (scale, zero_point) in module_outputs(contents.tensors).items()
+        if scale.dtype == np.float32
+        # Observers and fake-quantization have buffers of these names, too, with an int32 zero_point; so has a BatchNorm,
+        # to which convert() gives its observer's.
+        and (zero_point.dtype == np.int64 or _is_batch_norm(module, contents))
+        and not is_dynamic_module(module, contents)
+    }
+
+
+def _is_batch_norm(module: str, contents: Contents) -> bool:
+    return member(module, "running_var") in contents.tensors

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, Dialect
 from qjax.interop._dialect_dynamic import EagerDynamic
+from qjax.interop._dialect_prepared import Prepared
+from qjax.interop._dialect_qat import QatPrepared
 from qjax.interop._dialect_static import EagerStatic
 from qjax.interop._points import PointTable, QuantPoint
-from qjax.recipes._torch import Engine
+from qjax.recipes._torch import Engine, scheme_of_engine
 
 if TYPE_CHECKING:
     from qjax.interop._checkpoint import Checkpoint
 
 # A file of several dialects is called by the first.
-DIALECTS: tuple[Dialect, ...] = (EagerStatic(), EagerDynamic())
+DIALECTS: tuple[Dialect, ...] = (QatPrepared(), Prepared(), EagerStatic(), EagerDynamic())
 
 
 def recognise(contents: Contents) -> str:
@@ -43,6 +45,9 @@ def points(
     Returns:
       A `PointTable`: print it, or look at its `QuantPoint`s.
 
+    Raises:
+      ValueError: Torch has no such engine.
+
     Examples:
       >>> import jax.numpy as jnp, numpy as np, os, qjax, tempfile
       >>> spec = qjax.QuantSpec(qjax.int8, symmetric=True)
@@ -54,6 +59,7 @@ def points(
       >>> [(point.role, point.scale, point.qparams_from.kind) for point in table]
       [('weight', (0.125,), 'file'), ('input', None, 'unknown'), ('output', (0.25,), 'file')]
     """
+    scheme_of_engine(engine, "points")
     contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed)
     assume = Assumptions(engine=engine, activation=activation, weight=weight)
     found: list[QuantPoint] = []

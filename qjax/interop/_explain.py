@@ -44,7 +44,7 @@ class Point:
     quant_min: int
     quant_max: int
     scale: tuple[float, ...]
-    zero_point: tuple[int, ...]
+    zero_point: tuple[float, ...]  # whole numbers but for float_qparams
     real_min: float  # smallest real that some code represents
     real_max: float
     share_at_limits: float | None  # of the codes that are quant_min or quant_max; None for an activation
@@ -115,8 +115,8 @@ def _table(points: Sequence[Point]) -> Table:
     return table
 
 
-def _minus(zero_point: int) -> str:
-    return f"- {zero_point}" if zero_point >= 0 else f"+ {-zero_point}"
+def _minus(zero_point: float) -> str:
+    return f"- {zero_point:.6g}" if zero_point >= 0 else f"+ {-zero_point:.6g}"
 
 
 def _last_output(points: Sequence[Point], others: bool) -> Text:
@@ -205,7 +205,8 @@ def _point(
     source: str,
 ) -> Point:
     scales = np.asarray(scale, np.float32).reshape(-1)
-    points = np.asarray(zero_point, np.int64).reshape(-1)
+    # float_qparams, of embeddings, have real zero_points.
+    points = np.asarray(zero_point, np.float32 if spec.float_zero_point else np.int64).reshape(-1)
     low, high = int(spec.format.quant_min), int(spec.format.quant_max)
     per_channel = isinstance(spec.granularity, PerChannel)
     symmetric = spec.format.signed and not points.any()
@@ -219,7 +220,7 @@ def _point(
         quant_min=low,
         quant_max=high,
         scale=tuple(float(value) for value in scales),
-        zero_point=tuple(int(value) for value in points),
+        zero_point=tuple(points.tolist()),
         real_min=float(np.min((low - points) * scales)),
         real_max=float(np.max((high - points) * scales)),
         share_at_limits=share,

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from qjax import containers
-from qjax._formats import Int, int8, uint8
+from qjax._formats import Int, int8, uint4, uint8
 from qjax._granularity import PerChannel, PerTensor
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
@@ -18,8 +18,8 @@ from qjax.containers._errors import quoted
 REBUILD_QTENSOR = "torch._utils._rebuild_qtensor"
 _PER_TENSOR = "torch.per_tensor_affine"
 _PER_CHANNEL = "torch.per_channel_affine"
-_FORMATS: dict[str, Int] = {"int8": int8, "uint8": uint8}
-_TORCH_NAMES = {"int8": "qint8", "uint8": "quint8", "int32": "qint32"}
+_FORMATS: dict[str, Int] = {"int8": int8, "uint8": uint8, "quint4x2": uint4}
+_TORCH_NAMES = {"int8": "qint8", "uint8": "quint8", "int32": "qint32", "uint4": "quint4x2"}
 _RAW_DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
@@ -46,9 +46,11 @@ def from_node(node: Any, place: str) -> Any:
 
 def _from_rebuild(node: containers.Call, place: str) -> Any:
     codes, quantizer, _ = node.args
-    if not isinstance(codes, np.ndarray) or str(codes.dtype) not in _FORMATS:
-        return node  # qint32 and quint4x2 tensors have no format here yet
+    if str(codes.dtype) not in _FORMATS:
+        return node  # qint32 tensors have no format here
     spec = QuantSpec(_FORMATS[str(codes.dtype)])
+    if isinstance(codes, containers.RawTensor):
+        codes = codes.bits
     scheme = quantizer[0].name
     if scheme == _PER_TENSOR:
         scale, zero_point = np.float32(quantizer[1]), np.int32(quantizer[2])
@@ -57,8 +59,9 @@ def _from_rebuild(node: containers.Call, place: str) -> Any:
     if scheme != _PER_CHANNEL:
         return node
     scales, zero_points, axis = quantizer[1:]
-    if not jnp.issubdtype(zero_points.dtype, jnp.integer):
-        return node  # float_qparams are written under the same scheme
+    if not jnp.issubdtype(zero_points.dtype, jnp.integer):  # float_qparams are written under the same scheme
+        spec = spec.replace(granularity=PerChannel(axis), float_zero_point=True, convention="torch_real")
+        return _qtensor(codes, np.asarray(scales, np.float32), np.asarray(zero_points, np.float32), spec, place)
     symmetric = spec.format.signed and not bool(np.any(zero_points))
     spec = spec.replace(symmetric=symmetric, granularity=PerChannel(axis))
     return _qtensor(codes, np.asarray(scales, np.float32), np.asarray(zero_points, np.int32), spec, place)
@@ -94,7 +97,7 @@ def to_node(q: QTensor, name: str) -> containers.Call:
         and finite, or there is not one for each channel.
     """
     dtype = str(np.dtype(q.codes.dtype))
-    if not isinstance(q.spec.format, Int) or dtype not in _FORMATS or q.spec.format.bits != 8:
+    if not isinstance(q.spec.format, Int) or dtype not in ("int8", "uint8") or q.spec.format.bits != 8:
         raise ValueError(
             f"{name}: torch has no quantized tensor for {q.spec.format}; it has qint8 and quint8. Quantize with qjax.int8 or "
             "qjax.uint8, or save the codes as a plain array."
@@ -129,7 +132,9 @@ def to_node(q: QTensor, name: str) -> containers.Call:
         quantizer: tuple[Any, ...] = (containers.Global(_PER_TENSOR), float(q.scale), int(q.zero_point))
     else:
         axis = granularity.axes[0] % codes.ndim
-        scales, points = np.asarray(q.scale, np.float64), np.asarray(q.zero_point, np.int64)
+        real = q.spec.float_zero_point
+        scales = np.asarray(q.scale, np.float32 if real else np.float64)
+        points = np.asarray(q.zero_point, np.float32 if real else np.int64)
         quantizer = (containers.Global(_PER_CHANNEL), scales, points, axis)
     return containers.Call(REBUILD_QTENSOR, (codes, quantizer, False))
 

@@ -52,7 +52,8 @@ _SCHEMES: dict[Engine, _Scheme] = {
 _KINDS = ("dot", "conv")
 
 
-def _scheme(engine: Engine, caller: str) -> _Scheme:
+def scheme_of_engine(engine: Engine, caller: str) -> _Scheme:
+    """What an engine wants of its tensors; `caller` is named where there is no such engine."""
     if engine not in _SCHEMES:
         raise ValueError(f"{caller}: engine must be one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}.")
     return _SCHEMES[engine]
@@ -100,7 +101,7 @@ def torch_static(engine: Engine = "x86", pattern: str = ".*", *, batch_norm: Bat
     References:
       PyTorch, `torch/ao/quantization/qconfig.py`, `get_default_qconfig`, `default_symmetric_qnnpack_qconfig`.
     """
-    scheme = _scheme(engine, "torch_static")
+    scheme = scheme_of_engine(engine, "torch_static")
     activation = observers.histogram(scheme.activation("torch_real"))
     weight = scheme.weight("torch_real")
     rule = Rule(pattern, kind=_KINDS, weight=weight, input=activation, output=activation, batch_norm=batch_norm)
@@ -151,7 +152,7 @@ def torch_qat(
     References:
       PyTorch, `torch/ao/quantization/qconfig.py`, `get_default_qat_qconfig`, `default_symmetric_qnnpack_qat_qconfig`.
     """
-    scheme = _scheme(engine, "torch_qat")
+    scheme = scheme_of_engine(engine, "torch_qat")
     if version not in (0, 1) or isinstance(version, bool):
         raise ValueError(f"torch_qat: version must be 0 or 1, got {version!r}.")
     if version == 0 and scheme.symmetric:
@@ -205,7 +206,7 @@ def torch_dynamic(
       PyTorch, `torch/ao/quantization/qconfig.py`, `default_dynamic_qconfig`, `per_channel_dynamic_qconfig`;
       `torch/ao/nn/quantized/dynamic/modules/linear.py`; `aten/src/ATen/native/quantized/cpu/qlinear_dynamic.cpp`.
     """
-    scheme = _scheme(engine, "torch_dynamic")
+    scheme = scheme_of_engine(engine, "torch_dynamic")
     if scheme.symmetric:
         raise ValueError(f"torch_dynamic: torch has no dynamic qconfig for {engine!r}. Use 'qnnpack'.")
     if reduce_range is None:

@@ -173,26 +173,26 @@ def test_tensors_without_a_format_here_are_named(tmp_path):
     scheme = containers.Global("torch.per_tensor_affine")
     values = {
         "i": call(np.zeros(3, np.int32), scheme, 0.5, 0),
-        "rows": call(
-            np.zeros((3, 2), np.uint8),
-            containers.Global("torch.per_channel_affine"),
-            np.ones(3, np.float32),
-            np.zeros(3, np.float32),
-            0,
-        ),
         "kind": containers.Global("torch.qint32"),
         "device": containers.Call("torch.device", ("cpu",)),
     }
     found = dict(explained(tmp_path, values).unread)
     assert found == {
         "i": "qint32 tensor",
-        "rows": "quint8 tensor with float zero_points",
         "kind": "torch.qint32",
         "device": "torch.device",
     }
-    nibbles = call(containers.RawTensor("quint4x2", np.zeros(3, np.uint8)), scheme, 0.5, 0)
-    checkpoint = qjax.interop.Checkpoint({"n": nibbles}, path="a.pt", metadata={}, dialect="plain")
-    assert "Not interpreted: n: quint4x2 tensor\n" in str(qjax.interop.explain(checkpoint))
+
+
+def test_real_zero_points_are_explained(tmp_path):
+    rows, scheme = np.asarray([[0, 255], [3, 7]], np.uint8), containers.Global("torch.per_channel_affine")
+    quantizer = (scheme, np.asarray([0.5, 2], np.float32), np.asarray([1.25, -3.5], np.float32), 0)
+    call = containers.Call("torch._utils._rebuild_qtensor", (rows, quantizer, False))
+    explanation = explained(tmp_path, {"rows": call})
+    point = explanation.points[0]
+    assert (point.zero_point, point.law) == ((1.25, -3.5), "0.5 · (q - 1.25)")
+    assert (point.real_min, point.real_max) == (-0.625, 517.0)
+    json.loads(explanation.to_json())
 
 
 def test_json_holds_what_the_table_holds(path):

@@ -144,3 +144,69 @@ def test_script_objects_of_other_kinds_are_left_as_they_are(node):
     assert unpack_script("cell._packed_weight_ih", node) is None
     assert unpack_script("lstm._all_weight_values.0.param", node) is None
     assert unpack_script("elsewhere", node) is None
+
+
+F, I = np.float32, np.int32
+OBSERVER = {"eps": np.ones(1, F), "min_val": F(-1), "max_val": F(2)}
+
+
+@pytest.mark.parametrize(
+    ("buffers", "kinds"),
+    [
+        ({}, ["observer"]),
+        ({"max_val": F(-2)}, ["unknown"]),
+        ({"min_val": F(np.inf), "max_val": F(-np.inf)}, ["unknown"]),
+        ({"min_val": np.ones(0, F), "max_val": np.ones(0, F)}, ["unknown"]),
+        ({"max_val": np.ones(3, F)}, []),
+        ({"max_val": None}, []),
+        ({"min_val": np.ones((2, 2), F), "max_val": np.ones((2, 2), F)}, []),
+        ({"min_val": np.int64(3)}, []),
+        ({"min_val": F(np.nan)}, ["observer"]),
+        ({"eps": F(np.nan)}, ["observer"]),
+        ({"eps": np.zeros(1, F)}, ["observer"]),
+        ({"histogram": np.ones(0, F)}, ["observer"]),
+        ({"histogram": np.ones((4, 4), F)}, ["observer"]),
+        ({"histogram": np.zeros(64, F)}, ["observer"]),
+        ({"histogram": np.full(64, np.nan, F)}, ["observer"]),
+    ],
+)
+def test_observers_that_contradict_themselves(tmp_path, buffers, kinds):
+    state = {f"fc.activation_post_process.{name}": value for name, value in {**OBSERVER, **buffers}.items()}
+    table = table_of(tmp_path, state)
+    assert [point.qparams_from.kind for point in table] == kinds
+    assert table.dialect == ("prepared" if kinds else "plain")
+    json.loads(table.to_json())
+    assert str(table)
+
+
+FAKE = {"fake_quant_enabled": np.ones(1, np.int64), "observer_enabled": np.ones(1, np.int64)}
+
+
+@pytest.mark.parametrize(
+    ("buffers", "kinds"),
+    [
+        ({}, ["file", "observer"]),
+        ({"weight": None}, ["file", "unknown"]),
+        ({"weight": np.ones((5, 2), F)}, ["file", "unknown"]),
+        ({"weight": np.ones(4, F)}, ["file", "unknown"]),
+        ({"bn.running_var": np.ones(3, F)}, ["file", "unknown"]),
+        ({"bn.running_var": np.ones(4, F)}, ["file", "observer"]),
+        ({"weight_fake_quant.scale": np.ones(3, F)}, []),
+        ({"weight_fake_quant.scale": np.ones(0, F), "weight_fake_quant.zero_point": np.ones(0, I)}, []),
+        ({"weight_fake_quant.scale": np.ones((2, 2), F)}, []),
+        ({"weight_fake_quant.zero_point": "text"}, []),
+        ({"weight_fake_quant.activation_post_process.min_val": np.ones(3, F)}, ["file", "unknown"]),
+        ({"weight_fake_quant.activation_post_process.max_val": np.full(4, -9, F)}, ["file", "unknown"]),
+    ],
+)
+def test_fake_quantization_that_contradicts_itself(tmp_path, buffers, kinds):
+    path = "fc.weight_fake_quant"
+    state = {f"{path}.{name}": value for name, value in FAKE.items()}
+    state |= {"fc.weight": np.ones((4, 2), F), f"{path}.scale": np.ones(4, F), f"{path}.zero_point": np.zeros(4, I)}
+    inner = {"eps": np.ones(1, F), "min_val": np.full(4, -1, F), "max_val": np.full(4, 2, F)}
+    state |= {f"{path}.activation_post_process.{name}": value for name, value in inner.items()}
+    state |= {f"fc.{name}": value for name, value in buffers.items()}
+    table = table_of(tmp_path, state)
+    assert [point.qparams_from.kind for point in table] == kinds
+    assert table.dialect == ("qat_prepared" if kinds else "plain")
+    assert str(table)
