@@ -30,8 +30,8 @@ class Checkpoint(Mapping[str, Any]):
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
       dialect: What wrote it, recognised by its keys: `"qat_prepared"` (fake-quantization), `"prepared"` (observers),
-        `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at run time; or `"plain"` where nothing of
-        quantization was recognised.
+        `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at run time; or
+        `"plain"` where nothing of quantization was recognised.
       packed: The modules whose weight and bias were unpacked.
     """
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, Dialect
 from qjax.interop._dialect_dynamic import EagerDynamic
+from qjax.interop._dialect_fx import FxReference, FxStatic
 from qjax.interop._dialect_prepared import Prepared
 from qjax.interop._dialect_qat import QatPrepared
 from qjax.interop._dialect_static import EagerStatic
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from qjax.interop._checkpoint import Checkpoint
 
 # A file of several dialects is called by the first.
-DIALECTS: tuple[Dialect, ...] = (QatPrepared(), Prepared(), EagerStatic(), EagerDynamic())
+DIALECTS: tuple[Dialect, ...] = (QatPrepared(), Prepared(), FxReference(), FxStatic(), EagerStatic(), EagerDynamic())
 
 
 def recognise(contents: Contents) -> str:
@@ -65,6 +66,8 @@ def points(
     found: list[QuantPoint] = []
     for dialect in DIALECTS:
         found += dialect.points(contents, assume)
+    known = {(point.op, point.role) for point in found if point.qparams_from.kind != "unknown"}
+    found = [p for p in found if p.qparams_from.kind != "unknown" or p.role != "input" or (p.op, p.role) not in known]
     return PointTable(checkpoint.path, checkpoint.dialect, tuple(_in_file_order(found, contents)))
 
 

@@ -146,7 +146,7 @@ def test_script_objects_of_other_kinds_are_left_as_they_are(node):
     assert unpack_script("elsewhere", node) is None
 
 
-F, I = np.float32, np.int32
+F, I32 = np.float32, np.int32
 OBSERVER = {"eps": np.ones(1, F), "min_val": F(-1), "max_val": F(2)}
 
 
@@ -192,7 +192,7 @@ FAKE = {"fake_quant_enabled": np.ones(1, np.int64), "observer_enabled": np.ones(
         ({"bn.running_var": np.ones(3, F)}, ["file", "unknown"]),
         ({"bn.running_var": np.ones(4, F)}, ["file", "observer"]),
         ({"weight_fake_quant.scale": np.ones(3, F)}, []),
-        ({"weight_fake_quant.scale": np.ones(0, F), "weight_fake_quant.zero_point": np.ones(0, I)}, []),
+        ({"weight_fake_quant.scale": np.ones(0, F), "weight_fake_quant.zero_point": np.ones(0, I32)}, []),
         ({"weight_fake_quant.scale": np.ones((2, 2), F)}, []),
         ({"weight_fake_quant.zero_point": "text"}, []),
         ({"weight_fake_quant.activation_post_process.min_val": np.ones(3, F)}, ["file", "unknown"]),
@@ -202,7 +202,7 @@ FAKE = {"fake_quant_enabled": np.ones(1, np.int64), "observer_enabled": np.ones(
 def test_fake_quantization_that_contradicts_itself(tmp_path, buffers, kinds):
     path = "fc.weight_fake_quant"
     state = {f"{path}.{name}": value for name, value in FAKE.items()}
-    state |= {"fc.weight": np.ones((4, 2), F), f"{path}.scale": np.ones(4, F), f"{path}.zero_point": np.zeros(4, I)}
+    state |= {"fc.weight": np.ones((4, 2), F), f"{path}.scale": np.ones(4, F), f"{path}.zero_point": np.zeros(4, I32)}
     inner = {"eps": np.ones(1, F), "min_val": np.full(4, -1, F), "max_val": np.full(4, 2, F)}
     state |= {f"{path}.activation_post_process.{name}": value for name, value in inner.items()}
     state |= {f"fc.{name}": value for name, value in buffers.items()}

@@ -124,7 +124,11 @@ def test_both_are_shown(tmp_path):
 
 
 def test_older_layouts(tmp_path):
-    """Batch norm and ranges under the names that they had; torch still loads them, which is the check of the names."""
+    """Batch norm and ranges under the names that they had.
+
+    Torch still loads the former, which is the check of the names. Of the latter it takes the shape alone and leaves the numbers
+    undefined (`PerChannelMinMaxObserver._load_from_state_dict` of 2.13), so that it cannot say what they would have given.
+    """
     qconfig = ao.get_default_qat_qconfig("x86", version=0)
     net = trained(qconfig)
     renamed = {
@@ -147,6 +151,36 @@ def test_older_layouts(tmp_path):
         (p.op, p.role, p.scale, p.zero_point) for p in wanted
     ]
     again = trained(qconfig, steps=0)
+    for new, key in renamed.items():
+        if key.endswith("_vals"):
+            old[new] = old.pop(key)
+            old._metadata[key.rpartition(".")[0]] = {"version": 3}
     again.load_state_dict(old)
     for op in OPS:
         assert_weight_is(found.of(op, "weight")[1], converted(again).get_submodule(op).weight())
+
+
+@pytest.mark.parametrize("version", [1, 0])
+def test_a_graph_module(tmp_path, version):
+    """Its observers stand beside its nodes; what convert_fx gives is what convert gives in eager mode."""
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    example = (torch.randn(4, 3, 8, 8),)
+    float_net = torch.nn.Sequential(*list(network().train())[1:-1])
+    net = fx.prepare_qat_fx(float_net, ao.get_default_qat_qconfig_mapping("fbgemm", version=version), example)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(2):
+        net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    checkpoint, table = loaded(net.eval(), tmp_path)
+    assert checkpoint.dialect == "qat_prepared"
+    model = fx.convert_to_reference_fx(copy.deepcopy(net))
+    weights = [name[: -len(".weight_scale")] for name in model.state_dict() if name.endswith(".weight_scale")]
+    assert len(weights) == 4
+    for op in weights:
+        # What is fused with a ReLU is inside a module of both afterwards.
+        convert = (table.of(op, "weight") or table.of(op.rpartition(".")[0], "weight"))[1]
+        module = model.get_submodule(op)
+        assert convert.scale == tuple(module.weight_scale.tolist())
+    scales = {float(value) for name, value in model.state_dict().items() if "_scale_" in name}
+    found = {p.scale[0] for p in table if p.role == "output" and p.qparams_from.kind == "observer"}
+    assert scales <= found

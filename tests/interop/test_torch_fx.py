@@ -1,0 +1,121 @@
+"""FX graph modules of live torch, converted: their weights, and the buffers of the graph."""
+
+import copy
+
+import numpy as np
+import pytest
+
+import qjax
+
+torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
+ao, nn = torch.ao.quantization, torch.nn
+fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+EXAMPLE = (torch.zeros(2, 3, 8, 8),)
+
+
+class Net(nn.Module):
+    """Modules of two levels, and an addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.fc1, self.fc2 = nn.Linear(144, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.body(x)).flatten(1)
+        y = torch.relu(self.fc1(x))
+        return torch.sigmoid(self.fc2(y) + y)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    torch.manual_seed(0)
+    yield
+    torch.backends.quantized.engine = before
+
+
+def prepared(mapping):
+    net = fx.prepare_fx(Net().eval(), mapping, EXAMPLE)
+    net(torch.randn(4, 3, 8, 8))
+    return net
+
+
+def loaded(model, place):
+    torch.save(model.state_dict(), place / "a.pt")
+    checkpoint = qjax.interop.load(place / "a.pt")
+    return checkpoint, qjax.interop.points(checkpoint)
+
+
+def test_static(tmp_path):
+    model = fx.convert_fx(prepared(ao.get_default_qconfig_mapping("fbgemm")))
+    checkpoint, table = loaded(model, tmp_path)
+    assert checkpoint.dialect == table.dialect == "fx_static"
+    # What is called by its node is found by its module, and what is not keeps its buffer's name.
+    entry = table.of("body.0", "input")
+    assert [(p.scale, p.zero_point) for p in entry] == [
+        ((float(model.body_0_input_scale_0),), (int(model.body_0_input_zero_point_0),))
+    ]
+    for name in ("_scale_0", "_scale_1"):
+        assert table.of(name, "output")[0].scale == (float(getattr(model, name)),)
+    for op in ("body.0", "fc1", "fc2"):
+        module = model.get_submodule(op)
+        weight = module.weight()
+        np.testing.assert_array_equal(checkpoint[f"{op}.weight"].codes, weight.int_repr().numpy())
+        np.testing.assert_array_equal(checkpoint[f"{op}.weight"].dequantize(), weight.dequantize().numpy())
+        output = table.of(op, "output")[0]
+        assert (output.scale, output.zero_point) == ((np.float32(module.scale),), (int(module.zero_point),))
+    assert {point.op for point in table if point.qparams_from.kind == "unknown"} == {"fc1", "fc2"}
+    # The sum of all buffers of the file is accounted for.
+    scales = [key for key in model.state_dict() if key.rpartition(".")[2].startswith("scale") or "_scale_" in key]
+    assert sorted(
+        p.qparams_from.detail for p in table if p.role != "weight" and p.qparams_from.kind == "file"
+    ) == sorted(scales)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_reference(tmp_path, per_channel):
+    mapping = ao.get_default_qconfig_mapping("fbgemm" if per_channel else "qnnpack")
+    model = fx.convert_to_reference_fx(prepared(mapping))
+    checkpoint, table = loaded(model, tmp_path)
+    assert checkpoint.dialect == "fx_reference"
+    for op in ("body.0", "fc1", "fc2"):
+        module, point = model.get_submodule(op), table.of(op, "weight")[0]
+        assert point.scale == tuple(module.weight_scale.reshape(-1).tolist())
+        assert (point.dtype, point.axis, point.tensor) == ("qint8", 0 if per_channel else None, f"{op}.weight")
+        shape = (-1,) if per_channel else ()
+        qparams = qjax.QParams(np.float32(point.scale).reshape(shape), np.int32(point.zero_point).reshape(shape))
+        q = qjax.quantize(checkpoint[point.tensor], qparams, point.spec)
+        np.testing.assert_array_equal(q.codes, module.get_quantized_weight().int_repr().numpy())
+        np.testing.assert_array_equal(q.dequantize(), module.get_weight().detach().numpy())
+    buffers = {key for key in model.state_dict() if "_scale_" in key}
+    assert {p.qparams_from.detail for p in table if p.role != "weight"} == buffers
+    for point in table:
+        if point.role != "weight":
+            assert point.scale == (float(model.state_dict()[point.qparams_from.detail]),)
+
+
+def test_dynamic_and_prepared(tmp_path):
+    mapping = ao.QConfigMapping().set_global(ao.default_dynamic_qconfig)
+    net = prepared(mapping)
+    model = fx.convert_fx(copy.deepcopy(net))
+    checkpoint, table = loaded(model, tmp_path)
+    assert checkpoint.dialect == "eager_dynamic"  # its modules are those of eager mode
+    assert [(p.op, p.role, p.qparams_from.kind) for p in table] == [
+        (op, role, kind) for op in ("fc1", "fc2") for role, kind in (("weight", "file"), ("input", "run_time"))
+    ]
+    for op in ("fc1", "fc2"):
+        np.testing.assert_array_equal(
+            checkpoint[f"{op}.weight"].dequantize(), model.get_submodule(op).weight().dequantize().numpy()
+        )
+
+
+@pytest.mark.parametrize("change", ["scale", "zero_point", "dtype", "axis", "qscheme"])
+def test_what_contradicts_itself_is_left_out(tmp_path, change):
+    model = fx.convert_to_reference_fx(prepared(ao.get_default_qconfig_mapping("fbgemm")))
+    state = model.state_dict()
+    state[f"fc1.weight_{change}"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "a.pt")
+    table = qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
+    assert {point.op for point in table if point.role == "weight"} == {"body.0", "fc2"}
