@@ -13,6 +13,7 @@ from qjax._quantize import QTensor
 from qjax.interop._dialects import Contents, recognise
 from qjax.interop._packed import unpack_script
 from qjax.interop._torch_tensors import from_node, to_node
+from qjax.interop._torchao import Torchao, from_object, join_safetensors, part_key
 
 _PACKED = "_packed_params._packed_params"
 _PACKED_WEIGHT = "_packed_params._packed_weight"  # of an Embedding or an EmbeddingBag
@@ -29,10 +30,11 @@ class Checkpoint(Mapping[str, Any]):
     Attributes:
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
-      dialect: What wrote it, recognised by its keys: `"qat_prepared"` (fake-quantization), `"prepared"` (observers),
-        `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at run time; or
-        `"plain"` where nothing of quantization was recognised.
+      dialect: What wrote it, recognised by its keys: `"torchao"`, `"qat_prepared"` (fake-quantization), `"prepared"`
+        (observers), `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at
+        run time; or `"plain"` where nothing of quantization was recognised.
       packed: The modules whose weight and bias were unpacked.
+      subclasses: Of torchao's tensor subclasses: the tensor's name to the class and how that quantizes activations.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class Checkpoint(Mapping[str, Any]):
         metadata: Mapping[str, Any],
         dialect: str,
         packed: Iterable[str] = (),
+        subclasses: Mapping[str, tuple[str, Any]] | None = None,
     ) -> None:
         self._tensors = dict(tensors)
         self.path = path
         self.metadata = dict(metadata)
         self.dialect = dialect
         self.packed = frozenset(packed)
+        self.subclasses = dict(subclasses or {})
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -111,8 +115,11 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
         )
     tensors: dict[str, Any] = {}
     packed: set[str] = set()
+    subclasses: dict[str, tuple[str, Any]] = {}
     try:
         _flatten(tree, "", tensors, packed)
+        for name, made in _subclasses(tensors, container.metadata).items():
+            subclasses[name] = made.kind, made.activation
     except containers.FormatError as error:
         error.locate(file=os.fspath(path))
         raise
@@ -121,9 +128,28 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
         tensors,
         path=os.fspath(path),
         metadata=metadata,
-        dialect=recognise(Contents(tensors, metadata, frozenset(packed))),
+        dialect=recognise(Contents(tensors, metadata, frozenset(packed), subclasses)),
         packed=packed,
+        subclasses=subclasses,
     )
+
+
+def _subclasses(tensors: dict[str, Any], metadata: Mapping[str, Any]) -> dict[str, Torchao]:
+    """Put QTensors in the place of torchao's subclasses, and of their parts in a safetensors file."""
+    found = {
+        name: made
+        for name, value in tensors.items()
+        if isinstance(value, containers.Object) and (made := from_object(value, name)) is not None
+    }
+    texts = metadata.get("safetensors")
+    if isinstance(texts, Mapping):
+        joined = join_safetensors(tensors, texts)
+        for name in joined:
+            for part in ("qdata", "scale", "zero_point"):
+                tensors.pop(part_key(name, part), None)
+        found |= joined
+    tensors |= {name: made.weight for name, made in found.items()}
+    return found
 
 
 def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> None:

@@ -17,6 +17,7 @@ class Contents(NamedTuple):
     tensors: Mapping[str, Any]  # flat; packed parameters unpacked
     metadata: Mapping[str, Any]  # torch's `_metadata`
     packed: frozenset[str]  # modules whose weight and bias were unpacked
+    subclasses: Mapping[str, tuple[str, Any]]  # of torchao: tensor → class, how it quantizes activations
 
     def version(self, module: str) -> int | None:
         """The version of a module's layout; None where the file has none."""

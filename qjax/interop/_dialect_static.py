@@ -63,7 +63,9 @@ def _weights(contents: Contents) -> dict[str, QTensor]:
     return {
         name: value
         for name, value in contents.tensors.items()
-        if isinstance(value, QTensor) and not is_dynamic_module(split(name)[0], contents)
+        if isinstance(value, QTensor)
+        and name not in contents.subclasses
+        and not is_dynamic_module(split(name)[0], contents)
     }
 
 

@@ -11,6 +11,7 @@ from qjax.interop._dialect_fx import FxReference, FxStatic
 from qjax.interop._dialect_prepared import Prepared
 from qjax.interop._dialect_qat import QatPrepared
 from qjax.interop._dialect_static import EagerStatic
+from qjax.interop._dialect_torchao import Torchao
 from qjax.interop._points import PointTable, QuantPoint
 from qjax.recipes._torch import Engine, scheme_of_engine
 
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from qjax.interop._checkpoint import Checkpoint
 
 # A file of several dialects is called by the first.
-DIALECTS: tuple[Dialect, ...] = (QatPrepared(), Prepared(), FxReference(), FxStatic(), EagerStatic(), EagerDynamic())
+DIALECTS: tuple[Dialect, ...] = (
+    Torchao(),
+    QatPrepared(),
+    Prepared(),
+    FxReference(),
+    FxStatic(),
+    EagerStatic(),
+    EagerDynamic(),
+)
 
 
 def recognise(contents: Contents) -> str:
@@ -61,7 +70,7 @@ def points(
       [('weight', (0.125,), 'file'), ('input', None, 'unknown'), ('output', (0.25,), 'file')]
     """
     scheme_of_engine(engine, "points")
-    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed)
+    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses)
     assume = Assumptions(engine=engine, activation=activation, weight=weight)
     found: list[QuantPoint] = []
     for dialect in DIALECTS:

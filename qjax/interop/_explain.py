@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qjax import containers
-from qjax._formats import uint8
+from qjax._formats import Int, uint8
 from qjax._granularity import PerChannel
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
@@ -185,6 +185,7 @@ def _tensor_point(name: str, q: QTensor) -> Point:
     spec = q.spec
     low, high = int(spec.format.quant_min), int(spec.format.quant_max)
     share = float(np.mean((codes == low) | (codes == high))) if codes.size else 0.0
+    share = share if isinstance(spec.format, Int) else None  # the codes of others are bit patterns
     return _point(name, "weight", spec, q.scale, q.zero_point, codes.shape, share, name)
 
 
@@ -208,13 +209,13 @@ def _point(
     # float_qparams, of embeddings, have real zero_points.
     points = np.asarray(zero_point, np.float32 if spec.float_zero_point else np.int64).reshape(-1)
     low, high = int(spec.format.quant_min), int(spec.format.quant_max)
-    per_channel = isinstance(spec.granularity, PerChannel)
-    symmetric = spec.format.signed and not points.any()
+    where = str(spec.granularity).partition("(")[0]
+    symmetric = not points.any() and (not isinstance(spec.format, Int) or spec.format.signed)
     return Point(
         name=name,
         role=role,
         dtype=torch_dtype(spec),
-        scheme=f"{'per_channel' if per_channel else 'per_tensor'} {'symmetric' if symmetric else 'affine'}",
+        scheme=f"{where} {'symmetric' if symmetric else 'affine'}",
         axis=spec.granularity.axes[0] if isinstance(spec.granularity, PerChannel) else None,
         shape=shape,
         quant_min=low,

@@ -214,8 +214,8 @@ def range_point(op: str, role: Role, spec: QuantSpec, **fields: Any) -> QuantPoi
 
 
 def scheme_of(spec: QuantSpec) -> str:
-    """Torch's name of a scheme."""
-    where = "per_channel" if isinstance(spec.granularity, PerChannel) else "per_tensor"
+    """Torch's name of a scheme; after its pattern where torch has none, such as `per_group_symmetric`."""
+    where = str(spec.granularity).partition("(")[0]
     return f"{where}_{'symmetric' if spec.symmetric else 'affine'}{'_float_qparams' if spec.float_zero_point else ''}"
 
 
