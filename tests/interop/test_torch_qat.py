@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import qjax
-from tests.interop.test_torch_prepared import FUSED, OPS, assert_weight_is, loaded, network, seeded  # noqa: F401
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao = torch.ao.quantization
 learnable = pytest.importorskip("torch.ao.quantization._learnable_fake_quantize")
+from tests.interop.test_torch_prepared import FUSED, OPS, assert_weight_is, loaded, network, seeded  # noqa: E402, F401
 
 
 def trained(qconfig, *, steps=3, frozen=False):
