@@ -66,8 +66,8 @@ def points(
       >>> state = {"conv.weight": q, "conv.scale": np.float32(0.25), "conv.zero_point": np.int64(3)}
       >>> qjax.interop.save(path, state)
       >>> table = qjax.interop.points(qjax.interop.load(path))
-      >>> [(point.role, point.scale, point.qparams_from.kind) for point in table]
-      [('weight', (0.125,), 'file'), ('input', None, 'unknown'), ('output', (0.25,), 'file')]
+      >>> [(point.role, str(point.scale), point.qparams_from.kind) for point in table]
+      [('weight', '0.125', 'file'), ('input', 'None', 'unknown'), ('output', '0.25', 'file')]
     """
     scheme_of_engine(engine, "points")
     contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses)

@@ -40,7 +40,7 @@ class Origin:
     detail: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class QuantPoint:
     """One place where a model is quantized: `real = scale · (q - zero_point)`, q in `quant_min … quant_max`.
 
@@ -57,8 +57,8 @@ class QuantPoint:
     quant_min: int | None
     quant_max: int | None
     axis: int | None  # of the channels; None per tensor
-    scale: tuple[float, ...] | None  # one a channel; None where not known
-    zero_point: tuple[float, ...] | None  # whole numbers but for float_qparams
+    scale: np.ndarray | None  # floats, (), (channels,), or one a block; None where not known
+    zero_point: np.ndarray | None  # the same shape; integers but for float_qparams
     qparams_from: Origin  # where scale and zero_point came from
     codes_from: Origin  # where dtype, scheme and range came from
     tensor: str | None = None  # the name of the tensor in the checkpoint that is quantized so
@@ -67,13 +67,15 @@ class QuantPoint:
     def __post_init__(self) -> None:
         if (self.scale is None) != (self.zero_point is None):
             raise ValueError(f"QuantPoint: {self.op} has a scale without a zero_point, or the other way around.")
-        if self.scale is not None and self.zero_point is not None and len(self.scale) != len(self.zero_point):
-            raise ValueError(f"QuantPoint: {self.op} has {len(self.scale)} scales, {len(self.zero_point)} zero_points.")
+        if self.scale is not None and self.zero_point is not None and self.scale.shape != self.zero_point.shape:
+            raise ValueError(
+                f"QuantPoint: {self.op} has a scale of shape {self.scale.shape}, a zero_point of {self.zero_point.shape}."
+            )
 
     @property
     def valid(self) -> bool:
         """Whether there are qparams and every scale is positive and finite."""
-        return self.scale is not None and all(math.isfinite(value) and value > 0 for value in self.scale)
+        return self.scale is not None and bool(np.all(np.isfinite(self.scale) & (self.scale > 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,9 @@ class PointTable(Sequence[QuantPoint]):
             if dataclasses.is_dataclass(value) and not isinstance(value, type | QuantSpec):
                 names = [field.name for field in dataclasses.fields(value)]
                 return {name: plain(getattr(value, name)) for name in names}
-            if isinstance(value, tuple):
+            if isinstance(value, np.ndarray):
+                return plain(value.tolist())
+            if isinstance(value, tuple | list):
                 return [plain(item) for item in value]
             if isinstance(value, QuantSpec) or (isinstance(value, float) and not math.isfinite(value)):
                 return str(value)
@@ -186,8 +190,8 @@ def tensor_point(op: str, name: str, q: QTensor, *, role: Role = "weight") -> Qu
         quant_min=int(q.spec.format.quant_min),
         quant_max=int(q.spec.format.quant_max),
         axis=axis,
-        scale=floats(q.scale),
-        zero_point=floats(q.zero_point),
+        scale=np.asarray(q.scale),
+        zero_point=np.asarray(q.zero_point),
         qparams_from=Origin("file", name),
         codes_from=Origin("file", name),
         tensor=name,
@@ -199,7 +203,10 @@ def range_point(op: str, role: Role, spec: QuantSpec, **fields: Any) -> QuantPoi
     """A point whose dtype, scheme, range and axis are those of a spec."""
     axis = spec.granularity.axes[0] if isinstance(spec.granularity, PerChannel) else None
     if fields.get("scale") is not None:
-        fields["scale"], fields["zero_point"] = floats(fields["scale"]), floats(fields["zero_point"])
+        shape = () if axis is None else (-1,)  # torch's observers hold one number as an array of one
+        fields["scale"], fields["zero_point"] = (
+            np.asarray(fields[name]).reshape(shape) for name in ("scale", "zero_point")
+        )
     return QuantPoint(
         op=op,
         role=role,
@@ -217,8 +224,3 @@ def scheme_of(spec: QuantSpec) -> str:
     """Torch's name of a scheme; after its pattern where torch has none, such as `per_group_symmetric`."""
     where = str(spec.granularity).partition("(")[0]
     return f"{where}_{'symmetric' if spec.symmetric else 'affine'}{'_float_qparams' if spec.float_zero_point else ''}"
-
-
-def floats(values: Any) -> tuple[float, ...]:
-    """A scalar or a vector as a tuple of Python numbers: exactly, and whole ones as int."""
-    return tuple(np.asarray(values).reshape(-1).tolist())

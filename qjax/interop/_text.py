@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+import numpy.typing as npt
 
 
 def printable(text: str) -> str:
@@ -10,7 +11,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def span(values: Sequence[float]) -> str:
+def span(values: npt.ArrayLike) -> str:
     """One number, or the smallest and the largest of several."""
-    low, high = min(values), max(values)
+    low, high = np.min(values), np.max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g}\n.. {high:.4g}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qjax
+from tests.interop.numbers_of import scales, zeros
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao, nn = torch.ao.quantization, torch.nn
@@ -54,24 +55,24 @@ def test_static(tmp_path):
     assert checkpoint.dialect == table.dialect == "fx_static"
     # What is called by its node is found by its module, and what is not keeps its buffer's name.
     entry = table.of("body.0", "input")
-    assert [(p.scale, p.zero_point) for p in entry] == [
+    assert [(scales(p), zeros(p)) for p in entry] == [
         ((float(model.body_0_input_scale_0),), (int(model.body_0_input_zero_point_0),))
     ]
     for name in ("_scale_0", "_scale_1"):
-        assert table.of(name, "output")[0].scale == (float(getattr(model, name)),)
+        assert scales(table.of(name, "output")[0]) == (float(getattr(model, name)),)
     for op in ("body.0", "fc1", "fc2"):
         module = model.get_submodule(op)
         weight = module.weight()
         np.testing.assert_array_equal(checkpoint[f"{op}.weight"].codes, weight.int_repr().numpy())
         np.testing.assert_array_equal(checkpoint[f"{op}.weight"].dequantize(), weight.dequantize().numpy())
         output = table.of(op, "output")[0]
-        assert (output.scale, output.zero_point) == ((np.float32(module.scale),), (int(module.zero_point),))
+        assert (scales(output), zeros(output)) == ((np.float32(module.scale),), (int(module.zero_point),))
     assert {point.op for point in table if point.qparams_from.kind == "unknown"} == {"fc1", "fc2"}
     # The sum of all buffers of the file is accounted for.
-    scales = [key for key in model.state_dict() if key.rpartition(".")[2].startswith("scale") or "_scale_" in key]
+    keys = [key for key in model.state_dict() if key.rpartition(".")[2].startswith("scale") or "_scale_" in key]
     assert sorted(
         p.qparams_from.detail for p in table if p.role != "weight" and p.qparams_from.kind == "file"
-    ) == sorted(scales)
+    ) == sorted(keys)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -82,10 +83,10 @@ def test_reference(tmp_path, per_channel):
     assert checkpoint.dialect == "fx_reference"
     for op in ("body.0", "fc1", "fc2"):
         module, point = model.get_submodule(op), table.of(op, "weight")[0]
-        assert point.scale == tuple(module.weight_scale.reshape(-1).tolist())
+        assert scales(point) == tuple(module.weight_scale.reshape(-1).tolist())
         assert (point.dtype, point.axis, point.tensor) == ("qint8", 0 if per_channel else None, f"{op}.weight")
         shape = (-1,) if per_channel else ()
-        qparams = qjax.QParams(np.float32(point.scale).reshape(shape), np.int32(point.zero_point).reshape(shape))
+        qparams = qjax.QParams(np.float32(scales(point)).reshape(shape), np.int32(zeros(point)).reshape(shape))
         q = qjax.quantize(checkpoint[point.tensor], qparams, point.spec)
         np.testing.assert_array_equal(q.codes, module.get_quantized_weight().int_repr().numpy())
         np.testing.assert_array_equal(q.dequantize(), module.get_weight().detach().numpy())
@@ -93,7 +94,7 @@ def test_reference(tmp_path, per_channel):
     assert {p.qparams_from.detail for p in table if p.role != "weight"} == buffers
     for point in table:
         if point.role != "weight":
-            assert point.scale == (float(model.state_dict()[point.qparams_from.detail]),)
+            assert scales(point) == (float(model.state_dict()[point.qparams_from.detail]),)
 
 
 def test_dynamic_and_prepared(tmp_path):

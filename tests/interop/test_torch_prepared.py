@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import qjax
+from tests.interop.numbers_of import scales, zeros
+from tests.interop.torch_nets import FUSED, OPS, assert_weight_is, loaded, network
+from tests.torch_engine import torch_engine
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao = torch.ao.quantization
@@ -13,27 +16,9 @@ ao = torch.ao.quantization
 
 @pytest.fixture(autouse=True)
 def seeded():
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    torch.manual_seed(0)
-    yield
-    torch.backends.quantized.engine = before
-
-
-def network():
-    """conv-bn-relu, conv-relu and linear-relu, which are fused, and a linear."""
-    net = torch.nn.Sequential(
-        ao.QuantStub(), torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
-        torch.nn.Conv2d(4, 6, 3, groups=2), torch.nn.ReLU(), torch.nn.Flatten(),
-        torch.nn.Linear(96, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2), ao.DeQuantStub(),
-    )  # fmt: skip
-    net[2].running_mean.uniform_(-1, 1)
-    net[2].running_var.uniform_(0.5, 2)
-    return net
-
-
-FUSED = [["1", "2", "3"], ["4", "5"], ["7", "8"]]
-OPS = ["1", "4", "7", "9"]
+    with torch_engine("fbgemm"):
+        torch.manual_seed(0)
+        yield
 
 
 def prepared(qconfig, *, batches=2):
@@ -43,20 +28,6 @@ def prepared(qconfig, *, batches=2):
     for _ in range(batches):
         net(torch.randn(4, 3, 8, 8) * 3)
     return net
-
-
-def loaded(model, place, **options):
-    torch.save(model.state_dict(), place / "a.pt")
-    checkpoint = qjax.interop.load(place / "a.pt")
-    return checkpoint, qjax.interop.points(checkpoint, **options)
-
-
-def assert_weight_is(point, weight):
-    per_channel = weight.qscheme() == torch.per_channel_affine
-    scales = weight.q_per_channel_scales().tolist() if per_channel else [weight.q_scale()]
-    assert point.scale == tuple(scales)
-    assert set(point.zero_point) == {0}
-    assert (point.dtype, point.axis) == ("qint8", 0 if per_channel else None)
 
 
 QCONFIGS = {
@@ -76,7 +47,7 @@ def test_the_table_says_what_convert_gives(tmp_path, engine):
     if engine == "onednn":  # cannot pack weights here; compare with its observers alone
         for op in ["0", *OPS]:
             scale, zero_point = net.get_submodule(op).activation_post_process.calculate_qparams()
-            assert (table.of(op, "output")[0].scale, table.of(op, "output")[0].zero_point) == (
+            assert (scales(table.of(op, "output")[0]), zeros(table.of(op, "output")[0])) == (
                 tuple(scale.tolist()),
                 tuple(zero_point.tolist()),
             )
@@ -85,8 +56,8 @@ def test_the_table_says_what_convert_gives(tmp_path, engine):
     model = ao.convert(net)
     for op in ["0", *OPS]:
         module, point = model.get_submodule(op), table.of(op, "output")[0]
-        assert point.scale == (np.float32(module.scale),)
-        assert point.zero_point == (int(module.zero_point),)
+        assert scales(point) == (np.float32(module.scale),)
+        assert zeros(point) == (int(module.zero_point),)
         assert (point.dtype, point.quant_min) == ("quint8", 0)
         assert point.quant_max == (127 if engine in ("x86", "fbgemm") else 255)
         assert point.qparams_from.kind == "observer"
@@ -98,8 +69,8 @@ def test_the_table_says_what_convert_gives(tmp_path, engine):
         assert point.tensor in checkpoint
         spec = point.spec.replace(convention="torch_real")
         qparams = qjax.QParams(
-            np.float32(point.scale) if point.axis == 0 else np.float32(point.scale[0]),
-            np.int32(point.zero_point) if point.axis == 0 else np.int32(point.zero_point[0]),
+            np.float32(scales(point)) if point.axis == 0 else np.float32(scales(point)[0]),
+            np.int32(zeros(point)) if point.axis == 0 else np.int32(zeros(point)[0]),
         )
         codes = qjax.quantize(checkpoint[point.tensor], qparams, spec).codes
         np.testing.assert_array_equal(codes, model.get_submodule(op).weight().int_repr().numpy())
@@ -111,7 +82,7 @@ def test_min_max_observers_are_those_of_the_default_qconfig(tmp_path):
     model = ao.convert(net)
     for op in OPS:
         module, point = model.get_submodule(op), table.of(op, "output")[0]
-        assert (point.scale, point.zero_point) == ((np.float32(module.scale),), (module.zero_point,))
+        assert (scales(point), zeros(point)) == ((np.float32(module.scale),), (module.zero_point,))
         assert "min_val" in point.qparams_from.detail
         assert_weight_is(table.of(op, "weight")[0], module.weight())
 
@@ -129,14 +100,14 @@ def test_a_fixed_observer_keeps_its_own_qparams(tmp_path):
     net(torch.randn(3, 3))
     _, table = loaded(net, tmp_path)
     point = table.of("1", "output")[0]
-    assert (point.scale, point.zero_point, point.qparams_from.kind) == ((1 / 256,), (0,), "file")
+    assert (scales(point), zeros(point), point.qparams_from.kind) == ((1 / 256,), (0,), "file")
 
 
 def test_observers_without_data_are_unknown(tmp_path):
     _, table = loaded(prepared(ao.get_default_qconfig("x86"), batches=0), tmp_path)
     for op in ["0", *OPS]:
         point = table.of(op, "output")[0]
-        assert (point.scale, point.qparams_from.kind) == (None, "unknown")
+        assert (scales(point), point.qparams_from.kind) == (None, "unknown")
         assert "never saw data" in point.qparams_from.detail
     assert all(point.valid for point in table if point.role == "weight")
     assert "never saw data" in " ".join(str(table).split())
@@ -163,4 +134,4 @@ def test_observers_of_a_graph_module_stand_by_their_own_names(tmp_path):
     for name in ("activation_post_process_0", "activation_post_process_1"):
         scale, zero_point = copy.deepcopy(getattr(model, name)).calculate_qparams()
         point = table.of(name, "output")[0]
-        assert (point.scale, point.zero_point) == (tuple(scale.tolist()), tuple(zero_point.tolist()))
+        assert (scales(point), zeros(point)) == (tuple(scale.tolist()), tuple(zero_point.tolist()))

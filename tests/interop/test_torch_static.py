@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qjax
+from tests.interop.numbers_of import scales, zeros
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao, nn = torch.ao.quantization, torch.nn
@@ -65,9 +66,9 @@ def test_every_module_is_read(tmp_path, name):
     checkpoint, table = loaded(model, tmp_path)
     assert checkpoint.dialect == "eager_static"
     stub = table.of("0", "input")[0]
-    assert (stub.scale, stub.zero_point) == (tuple(model[0].scale.tolist()), tuple(model[0].zero_point.tolist()))
+    assert (scales(stub), zeros(stub)) == (tuple(model[0].scale.tolist()), tuple(model[0].zero_point.tolist()))
     output = table.of("1", "output")[0]
-    assert (output.scale, output.zero_point) == ((np.float32(model[1].scale),), (int(model[1].zero_point),))
+    assert (scales(output), zeros(output)) == ((np.float32(model[1].scale),), (int(model[1].zero_point),))
     assert (output.qparams_from.kind, output.valid) == ("file", True)
     assert bool(table.of("1", "weight")) == weighted
     if weighted:
@@ -75,7 +76,7 @@ def test_every_module_is_read(tmp_path, name):
         assert table.of("1", "input")[0].qparams_from.kind == "unknown"
     # The law, with the numbers of the table, on what the module puts out.
     out = model(torch.randn(*shape))
-    reals = np.float32(output.scale[0]) * (out.int_repr().numpy().astype(np.int32) - output.zero_point[0]).astype(
+    reals = np.float32(scales(output)[0]) * (out.int_repr().numpy().astype(np.int32) - zeros(output)[0]).astype(
         np.float32
     )
     np.testing.assert_array_equal(reals, out.dequantize().numpy())
@@ -86,9 +87,9 @@ def assert_tensor_is(q, point, tensor):
     np.testing.assert_array_equal(q.dequantize(), tensor.dequantize().numpy())
     per_channel = tensor.qscheme() != torch.per_tensor_affine
     assert point.axis == (tensor.q_per_channel_axis() if per_channel else None)
-    scales = tensor.q_per_channel_scales().tolist() if per_channel else [np.float32(tensor.q_scale())]
+    wanted = tensor.q_per_channel_scales().tolist() if per_channel else [np.float32(tensor.q_scale())]
     points = tensor.q_per_channel_zero_points().tolist() if per_channel else [tensor.q_zero_point()]
-    assert (point.scale, point.zero_point) == (tuple(scales), tuple(points))
+    assert (scales(point), zeros(point)) == (tuple(wanted), tuple(points))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -102,7 +103,7 @@ def test_transposed_convolutions(tmp_path, dims):
     model = ao.convert(net)
     checkpoint, table = loaded(model, tmp_path)
     assert_tensor_is(checkpoint["1.weight"], table.of("1", "weight")[0], model[1].weight())
-    assert table.of("1", "output")[0].scale == (np.float32(model[1].scale),)
+    assert scales(table.of("1", "output")[0]) == (np.float32(model[1].scale),)
 
 
 class Functional(nn.Module):
@@ -128,7 +129,7 @@ def test_functionals(tmp_path):
     assert checkpoint.dialect == "eager_static"
     for name in ("add", "mul", "cat"):
         point, module = table.of(name, "output")[0], getattr(model, name)
-        assert (point.scale, point.zero_point) == ((np.float32(module.scale),), (int(module.zero_point),))
+        assert (scales(point), zeros(point)) == ((np.float32(module.scale),), (int(module.zero_point),))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -146,8 +147,8 @@ def test_embeddings(tmp_path, kind, bits):
     point = table[0]
     assert (point.dtype, point.quant_min, point.quant_max) == ("quint8" if bits == 8 else "quint4x2", 0, 2**bits - 1)
     assert point.scheme == "per_channel_affine_float_qparams"
-    assert point.scale == tuple(weight.q_per_channel_scales().tolist())
-    assert point.zero_point == tuple(weight.q_per_channel_zero_points().tolist())
+    assert scales(point) == tuple(weight.q_per_channel_scales().tolist())
+    assert zeros(point) == tuple(weight.q_per_channel_zero_points().tolist())
     np.testing.assert_array_equal(q.dequantize(), weight.dequantize().numpy())
     if bits == 8:
         np.testing.assert_array_equal(q.codes, weight.int_repr().numpy())
@@ -176,7 +177,7 @@ def test_a_linear_of_an_older_layout(tmp_path, version):
     checkpoint, table = loaded(state, tmp_path)
     assert_tensor_is(checkpoint["1.weight"], table.of("1", "weight")[0], model[1].weight())
     np.testing.assert_array_equal(checkpoint["1.bias"], model[1].bias().detach().numpy())
-    assert table.of("1", "output")[0].scale == (np.float32(model[1].scale),)
+    assert scales(table.of("1", "output")[0]) == (np.float32(model[1].scale),)
     again = converted([nn.Linear(5, 4)], (3, 5))
     again.load_state_dict(state)
     assert torch.equal(again[1].weight().int_repr(), model[1].weight().int_repr())

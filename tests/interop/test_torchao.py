@@ -9,6 +9,7 @@ import pytest
 
 import qjax
 from qjax import containers
+from tests.interop.numbers_of import scales
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 
@@ -70,7 +71,7 @@ def test_weights(tmp_path, ao, name, dtype, container):
     assert set(checkpoint) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     point = table.of("0", "weight")[0]
     assert (point.dtype, point.scheme, (point.quant_min, point.quant_max)) == EXPECTED[name]
-    assert point.scale == tuple(weight.scale.float().reshape(-1).tolist())
+    assert scales(point) == tuple(weight.scale.float().reshape(-1).tolist())
     assert point.qparams_from == qjax.interop.Origin("file", "0.weight")
     ours = checkpoint["0.weight"].dequantize(jnp.float32 if dtype == torch.float32 else jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(ours, np.float32), weight.dequantize().float().numpy())
