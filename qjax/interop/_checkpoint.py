@@ -70,12 +70,12 @@ class Checkpoint(Mapping[str, Any]):
         return f"Checkpoint({self.path!r}, {self.dialect}, {len(self)} tensors)"
 
 
-def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = None) -> Checkpoint:
+def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | None = None) -> Checkpoint:
     """Read a PyTorch checkpoint without torch. Nothing in the file is imported or executed.
 
     Args:
       path: A file that `torch.save` wrote, or a safetensors file, or the index or the folder of a sharded checkpoint: a
-        state dict, possibly nested.
+        state dict, possibly nested. Or the bytes of a file.
       limits: Bounds on what is read.
 
     Returns:
@@ -97,6 +97,7 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
     References:
       PyTorch, `torch/serialization.py` and `torch/_utils.py`.
     """
+    name = "<bytes>" if isinstance(path, bytes) else os.fspath(path)
     container = containers.open_container(path, limits=limits)
     tree = container.tree
     if container.kind in ("pt2", "torchscript"):
@@ -104,29 +105,29 @@ def load(path: str | os.PathLike[str], *, limits: containers.Limits | None = Non
             f"a program ({container.kind})",
             expected="a state dict",
             mend="Look into it with qjax.containers.open_container, or save the state_dict of the model.",
-            file=os.fspath(path),
+            file=name,
         )
     if not isinstance(tree, Mapping):
         raise containers.FormatError(
             f"an object of type {type(tree).__name__}",
             expected="a state dict",
             mend="Save model.state_dict() rather than the model or a single tensor.",
-            file=os.fspath(path),
+            file=name,
         )
     tensors: dict[str, Any] = {}
     packed: set[str] = set()
     subclasses: dict[str, tuple[str, Any]] = {}
     try:
         _flatten(tree, "", tensors, packed)
-        for name, made in _subclasses(tensors, container.metadata).items():
-            subclasses[name] = made.kind, made.activation
+        for tensor, made in _subclasses(tensors, container.metadata).items():
+            subclasses[tensor] = made.kind, made.activation
     except containers.FormatError as error:
-        error.locate(file=os.fspath(path))
+        error.locate(file=name)
         raise
     metadata = tree.metadata if isinstance(tree, containers.Record) else {}
     return Checkpoint(
         tensors,
-        path=os.fspath(path),
+        path=name,
         metadata=metadata,
         dialect=recognise(Contents(tensors, metadata, frozenset(packed), subclasses)),
         packed=packed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
 
 from qjax._formats import int8, uint8
@@ -12,8 +11,7 @@ from qjax._granularity import PerChannel, PerTensor
 from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, member, split
 from qjax.interop._points import Origin, QuantPoint, range_point
-from qjax.interop._statistics import NO_DATA, Statistics, observed_qparams, of_shape, statistics
-from qjax.observers._base import qparams_of_range
+from qjax.interop._statistics import NO_DATA, Statistics, observed_qparams, of_shape, range_qparams, statistics
 from qjax.recipes._torch import scheme_of_engine
 
 OBSERVER = "activation_post_process"
@@ -151,7 +149,7 @@ def _weight(op: str, key: str, weight: np.ndarray, stats: Statistics, assume: As
     spec, origin = assumed_weight(stats, assume)
     axes = tuple(range(1, weight.ndim)) if isinstance(spec.granularity, PerChannel) else None
     low, high = np.min(weight, axis=axes), np.max(weight, axis=axes)
-    qparams = qparams_of_range(jnp.asarray(low), jnp.asarray(high), spec)
+    qparams = range_qparams(low, high, spec)
     return range_point(
         op,
         "weight",

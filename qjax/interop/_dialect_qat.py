@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from qjax._formats import Int, int8, uint8
-from qjax._qparams import choose_qparams
 from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, member, split
 from qjax.interop._dialect_prepared import OBSERVER, assumed_activation, assumed_weight, fixed_qparams, op_of
 from qjax.interop._fold_bn import folded_weight
 from qjax.interop._points import Origin, QuantPoint, Role, range_point
-from qjax.interop._statistics import NO_DATA, Statistics, moved, observed_qparams, of_shape, statistics
+from qjax.interop._statistics import NO_DATA, Statistics, moved, observed_qparams, of_shape, range_qparams, statistics
 
 _WEIGHT = "weight_fake_quant"
 _ENABLED = "fake_quant_enabled"
@@ -147,7 +145,7 @@ def _explains(fake: _FakeQuant, stats: Statistics, spec: QuantSpec) -> bool:
     if bool(np.any(stats.min_val > stats.max_val)):
         return False
     rule = spec.replace(scale_rule="torch_fbgemm", eps=None) if fake.fused else spec
-    chosen = choose_qparams(jnp.asarray(stats.min_val), jnp.asarray(stats.max_val), rule)
+    chosen = range_qparams(stats.min_val, stats.max_val, rule)
     return bool(
         np.array_equal(np.asarray(chosen.scale).reshape(-1), fake.scale.reshape(-1))
         and np.array_equal(np.asarray(chosen.zero_point).reshape(-1), fake.zero_point.reshape(-1))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from qjax import containers
 from qjax._spec import QuantSpec
-from qjax.interop._dialect import Assumptions, Contents, Dialect
+from qjax.interop._dialect import Assumptions, Contents, Dialect, split
 from qjax.interop._dialect_dynamic import EagerDynamic
 from qjax.interop._dialect_fx import FxReference, FxStatic
 from qjax.interop._dialect_prepared import Prepared
@@ -57,6 +60,7 @@ def points(
 
     Raises:
       ValueError: Torch has no such engine.
+      containers.FormatError: The file contradicts itself.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np, os, qjax, tempfile
@@ -72,6 +76,7 @@ def points(
     scheme_of_engine(engine, "points")
     contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses)
     assume = Assumptions(engine=engine, activation=activation, weight=weight)
+    _check_histograms(contents, checkpoint.path)
     found: list[QuantPoint] = []
     for dialect in DIALECTS:
         found += dialect.points(contents, assume)
@@ -80,6 +85,18 @@ def points(
     return PointTable(checkpoint.path, checkpoint.dialect, tuple(_in_file_order(found, contents)))
 
 
+def _check_histograms(contents: Contents, path: str) -> None:
+    """Each number of bins is compiled for; a model has one or two, and a file may not ask for a thousand."""
+    sizes = {np.size(value) for key, value in contents.tensors.items() if split(key)[1] == "histogram"}
+    if len(sizes) > _MOST_HISTOGRAMS:
+        raise containers.FormatError(
+            f"histograms of {len(sizes)} different sizes",
+            expected=f"at most {_MOST_HISTOGRAMS}; torch's have 2048 bins",
+            file=path,
+        )
+
+
+_MOST_HISTOGRAMS = 8
 _ROLES = {"weight": 0, "input": 1, "output": 2}
 
 

@@ -69,15 +69,41 @@ def of_shape(spec: QuantSpec, per_channel: bool, eps: float | None) -> QuantSpec
     return spec.replace(granularity=granularity, eps=spec.eps if eps is None else eps)
 
 
-def observed_qparams(found: Statistics, spec: QuantSpec) -> QParams | None:
+class Found(NamedTuple):
+    """QParams on the host."""
+
+    scale: np.ndarray  # float32, () or (channels,)
+    zero_point: np.ndarray  # int32, the same shape
+
+
+def _on_host(qparams: QParams) -> Found:
+    return Found(np.asarray(qparams.scale), np.asarray(qparams.zero_point))
+
+
+def range_qparams(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> Found:
+    """`qparams_of_range` for a range per tensor or per channel, of any number of channels, as numpy arrays.
+
+    JAX compiles each operation once for each shape. So that a file of many shapes takes no longer than one of few, ranges are
+    filled up with empty ones to one of a few lengths; each range has its qparams to itself, so that changes nothing.
+    """
+    length = 64
+    while length < low.size:
+        length *= 16 if length < 2**14 else 2
+    lows, highs = (np.pad(value.reshape(-1), (0, length - low.size)) for value in (low, high))
+    vector = spec.replace(granularity=PerChannel(0))
+    found = _on_host(qparams_of_range(jnp.asarray(lows), jnp.asarray(highs), vector))
+    return Found(found.scale[: low.size].reshape(low.shape), found.zero_point[: low.size].reshape(low.shape))
+
+
+def observed_qparams(stats: Statistics, spec: QuantSpec) -> Found | None:
     """What torch's `calculate_qparams` gives: the search over a histogram, or the range as it is; None of no range."""
-    low, high = found.min_val, found.max_val
-    if not found.seen or bool(np.any(low > high)):
+    low, high = stats.min_val, stats.max_val
+    if not stats.seen or bool(np.any(low > high)):
         return None
-    if found.histogram is not None:
-        observer = observers.histogram(spec, bins=found.histogram.size)
-        return observer.qparams(HistogramState(*map(jnp.asarray, (found.histogram, low, high))))
-    return qparams_of_range(jnp.asarray(low), jnp.asarray(high), spec)
+    if stats.histogram is not None:
+        observer = observers.histogram(spec, bins=stats.histogram.size)
+        return _on_host(observer.qparams(HistogramState(*map(jnp.asarray, (stats.histogram, low, high)))))
+    return range_qparams(low, high, spec)
 
 
 def moved(found: Statistics, x: np.ndarray, constant: float) -> Statistics:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from qjax import containers
@@ -31,7 +32,6 @@ def torch_samples() -> dict[str, bytes]:
         return {}
     import io
     import warnings
-    from collections.abc import Callable
 
     warnings.simplefilter("ignore")
     found: dict[str, bytes] = {}
@@ -68,6 +68,14 @@ def files_around(index: bytes, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_bytes(index)
 
 
+def refusal(error: containers.FormatError) -> bool:
+    """False, for an input that was refused; its message is fit for a terminal."""
+    message = str(error)
+    assert message.isprintable()
+    assert len(message) < 2000
+    return False
+
+
 def read(name: str, data: bytes, folder: Path, rng: random.Random) -> bool:
     """Whether the input was read; False where it was refused."""
     options = {"check_crc": rng.choice((None, None, True, False)), "objects": rng.choice(("refuse", "inert"))}
@@ -78,16 +86,25 @@ def read(name: str, data: bytes, folder: Path, rng: random.Random) -> bool:
         else:
             walk(containers.open_container(data, **options))
     except containers.FormatError as error:
-        message = str(error)
-    else:
-        return True
-    assert message.isprintable()
-    assert len(message) < 2000
-    return False
+        return refusal(error)
+    return True
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def hand_made_samples() -> dict[str, bytes]:
+    return {**SAMPLES, "index": INDEX}
+
+
+def main(
+    argv: list[str] | None = None,
+    *,
+    description: str | None = __doc__,
+    hand_made: Callable[[], dict[str, bytes]] = hand_made_samples,
+    of_torch: Callable[[], dict[str, bytes]] = torch_samples,
+    reader: Callable[[str, bytes, Path, random.Random], bool] | None = None,
+) -> int:
+    """Run the command; other rooms fuzz their own readers with files of their own."""
+    reader = reader or read
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
@@ -96,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     import resource  # where there is no such module, tests still import this one
 
-    seeds = {**SAMPLES, "index": INDEX, **({} if arguments.no_torch else torch_samples())}
+    seeds = hand_made() | ({} if arguments.no_torch else of_torch())
     names, pool = list(seeds), list(seeds.values())
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -104,13 +121,16 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"read": 0, "refused": 0, "failed": 0}
     slowest, start = (0.0, 0), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
+        for name in names:  # each is read as it is; and what is compiled for it, is so before time is taken
+            if not reader(name, seeds[name], Path(temporary), random.Random(0)):
+                raise ValueError(f"the undamaged sample {name!r} is refused")
         for number in range(arguments.first, arguments.first + arguments.inputs):
             rng = random.Random(f"{arguments.seed}/{number}")
             name = rng.choice(names)
             data = mutate(seeds[name], rng, pool)
             since = time.monotonic()
             try:
-                outcome = "read" if read(name, data, Path(temporary), rng) else "refused"
+                outcome = "read" if reader(name, data, Path(temporary), rng) else "refused"
             except OSError as error:
                 # A name in an index that the system does not take, such as one too long.
                 outcome = "refused" if name == "index" else "failed"

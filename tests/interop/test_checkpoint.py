@@ -80,6 +80,16 @@ def test_packed_parameters_are_unpacked(tmp_path):
     assert list(qjax.interop.load(tmp_path / "a.pt")) == ["weight"]
 
 
+def test_a_file_in_memory(tmp_path):
+    qjax.interop.save(tmp_path / "a.pt", {"fc.bias": np.ones(2, np.float32)})
+    data = (tmp_path / "a.pt").read_bytes()
+    checkpoint = qjax.interop.load(data)
+    assert checkpoint.path == "<bytes>"
+    np.testing.assert_array_equal(checkpoint["fc.bias"], [1, 1])
+    with pytest.raises(containers.FormatError, match="<bytes>"):
+        qjax.interop.load(data[:-100])
+
+
 def test_metadata_is_kept(tmp_path):
     versions = {"": {"version": 1}, "fc": {"version": 3}}
     qjax.interop.save(tmp_path / "a.pt", {"x": np.zeros(1)}, metadata=versions)

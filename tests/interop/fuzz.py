@@ -1,0 +1,41 @@
+"""Damage small files of every dialect, many times: ``python -m tests.interop.fuzz --inputs 100000``.
+
+Each input is loaded, its quantization points are listed and rendered, and it is explained. What is allowed is that this
+works, or a `FormatError`, within the time and memory of `tests.containers.fuzz`, whose loop and options these are.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import jax
+
+from qjax import containers, interop
+from qjax.interop import points
+from tests.containers import fuzz
+from tests.interop.fuzz_samples import hand_made, of_torch
+
+
+def read(name: str, data: bytes, folder: Path, rng: random.Random) -> bool:
+    """Whether the input was understood; False where it was refused."""
+    try:
+        checkpoint = interop.load(data)
+        table = points(checkpoint, engine=rng.choice(("x86", "onednn", "qnnpack")))
+        assert table.render().replace("\n", "").isprintable()
+        table.to_json()
+        explanation = interop.explain(checkpoint)
+        explanation.render()
+        explanation.to_json()
+        if rng.random() < 1e-3:
+            jax.clear_caches()  # what is compiled for odd shapes is no memory of the reader's
+    except containers.FormatError as error:
+        return fuzz.refusal(error)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    return fuzz.main(argv, description=__doc__, hand_made=hand_made, of_torch=of_torch, reader=read)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

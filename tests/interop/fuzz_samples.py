@@ -1,0 +1,131 @@
+"""A small file of each dialect, by qjax's own writer and by live torch: what the fuzzer damages."""
+
+import io
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+from qjax.containers import Global
+
+
+def _qtensor(shape: tuple[int, ...] = (3, 4)) -> qjax.QTensor:
+    spec = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(0))
+    x = jnp.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
+    return qjax.quantize(x, qjax.QParams(jnp.full(shape[0], 0.01), jnp.zeros(shape[0], jnp.int32)), spec)
+
+
+def hand_made() -> dict[str, bytes]:
+    """Files that need no torch."""
+    scalar = {"scale": np.float32(0.1), "zero_point": np.int64(3)}
+    observer = {"eps": np.float32([2**-23]), "min_val": np.float32(-1), "max_val": np.float32(2)}
+    histogram = {**observer, "histogram": np.arange(32, dtype=np.float32)}
+    fake = {
+        "fake_quant_enabled": np.int64([1]),
+        "observer_enabled": np.int64([1]),
+        "scale": np.float32([0.1]),
+        "zero_point": np.int32([3]),
+        "activation_post_process": observer,
+    }
+    weight = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    reference = {
+        "weight": weight,
+        "weight_scale": np.float32([0.1, 0.2, 0.3]),
+        "weight_zero_point": np.zeros(3, np.int64),
+        "weight_axis": np.int32(0),
+        "weight_qscheme": Global("torch.per_channel_affine"),
+        "weight_dtype": Global("torch.qint8"),
+    }
+    packed = {
+        **scalar,
+        "_packed_params": {"dtype": Global("torch.qint8"), "_packed_params": (_qtensor(), np.zeros(3, np.float32))},
+    }
+    states: dict[str, dict[str, Any]] = {
+        "static": {"quant": {"scale": np.float32([0.1]), "zero_point": np.int64([3])}, "fc": packed},
+        "conv": {"conv": {"weight": _qtensor((3, 1, 2, 2)), "bias": None, **scalar}},
+        "prepared": {"fc": {"weight": weight, "bias": None, "activation_post_process": observer}},
+        "histogram": {"fc": {"weight": weight, "activation_post_process": histogram}},
+        "qat": {"fc": {"weight": weight, "weight_fake_quant": fake, "activation_post_process": fake}},
+        "reference": {"fc": reference, "fc_input_scale_0": np.float32(0.1), "fc_input_zero_point_0": np.int64(3)},
+    }
+    found: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.pt"
+        for name, state in states.items():
+            qjax.interop.save(path, state)
+            found[name] = path.read_bytes()
+    return found
+
+
+def of_torch() -> dict[str, bytes]:
+    """Files of live torch and torchao, where they are installed."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    warnings.simplefilter("ignore")
+    torch.backends.quantized.engine = "fbgemm"
+    found: dict[str, bytes] = {}
+
+    def add(name: str, save: Callable[[io.BytesIO], object]) -> None:
+        file = io.BytesIO()
+        save(file)
+        found[name] = file.getvalue()
+
+    for name, model in _torch_models(torch).items():
+        # The model lives as long as its state dict is used: torch's packed embeddings share its memory.
+        add(f"torch {name}", lambda file, model=model: torch.save(model.state_dict(), file))
+    try:
+        import torchao.quantization as torchao
+    except ImportError:
+        return found
+    from safetensors.torch import save as save_safetensors
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    configs = {
+        "int8": torchao.Int8DynamicActivationInt8WeightConfig(),
+        "intx": torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+        "float8": torchao.Float8WeightOnlyConfig(),
+    }
+    for name, config in configs.items():
+        net = torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False))
+        torchao.quantize_(net, config)
+        state = net.state_dict()
+        add(f"torchao {name}", lambda file, state=state: torch.save(state, file))
+        tensors, metadata = flatten_tensor_state_dict(state)
+        found[f"torchao {name} safetensors"] = save_safetensors(tensors, metadata)
+    return found
+
+
+def _torch_models(torch: Any) -> dict[str, Any]:
+    ao = torch.ao.quantization
+
+    def net() -> Any:
+        layers = [ao.QuantStub(), torch.nn.Conv2d(1, 2, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(18, 3)]
+        return torch.nn.Sequential(*layers)
+
+    x = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
+    eager = ao.fuse_modules(net().eval(), [["1", "2"]])
+    eager.qconfig = ao.get_default_qconfig("fbgemm")
+    prepared = ao.prepare(eager)
+    prepared(x)
+    static = ao.convert(prepared)
+    trained = ao.fuse_modules_qat(net().train(), [["1", "2"]])
+    trained.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    trained = ao.prepare_qat(trained)
+    trained(x)
+    float_net = torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 3), "lstm": torch.nn.LSTM(4, 3)})
+    embedding = torch.nn.Sequential(torch.nn.EmbeddingBag(6, 4)).eval()
+    embedding.qconfig = ao.float_qparams_weight_only_qconfig
+    return {
+        "prepared": prepared,
+        "static": static,
+        "qat": trained,
+        "dynamic": ao.quantize_dynamic(float_net, {torch.nn.Linear, torch.nn.LSTM}),
+        "embedding": ao.convert(ao.prepare(embedding)),
+    }

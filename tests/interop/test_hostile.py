@@ -1,0 +1,75 @@
+"""Files that lie: a slice of what the fuzzer does, and what would cost time without bound."""
+
+import numpy as np
+import pytest
+
+import qjax
+from qjax import containers
+from tests.containers import fuzz as loop
+from tests.interop import fuzz
+
+
+def test_the_fuzzer_finds_what_is_there(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("resource")
+    monkeypatch.setattr(loop, "BYTES", 2**40)  # address space of this process is that of a whole test run
+    assert fuzz.main(["--inputs", "300", "--no-torch"]) == 0
+    assert "300 inputs" in capsys.readouterr().out
+
+    undamaged = len(fuzz.hand_made())
+    seen = []
+
+    def points(checkpoint, **options):
+        seen.append(checkpoint)
+        if len(seen) > undamaged:
+            raise ZeroDivisionError
+        return qjax.interop.points(checkpoint, **options)
+
+    monkeypatch.setattr(fuzz, "points", points)
+    assert fuzz.main(["--inputs", "100", "--no-torch", "--save", str(tmp_path / "found")]) == 1
+    assert list((tmp_path / "found").iterdir())
+
+
+def state(name: str, channels: int | None, **more: np.ndarray) -> dict[str, object]:
+    shape = () if channels is None else (channels,)
+    low, high = np.full(shape, -1, np.float32), np.full(shape, 2, np.float32)
+    observer = {"eps": np.float32([2**-23]), "min_val": low, "max_val": high, **more}
+    return {name: {"activation_post_process": observer}}
+
+
+def test_histograms_of_many_sizes_are_refused(tmp_path):
+    few, many = ({}, {})
+    for bins in range(100, 109):
+        many |= state(f"a{bins}", None, histogram=np.ones(bins, np.float32))
+        few |= state(f"a{bins}", None, histogram=np.ones(100, np.float32))
+    qjax.interop.save(tmp_path / "few.pt", few)
+    assert len(qjax.interop.points(qjax.interop.load(tmp_path / "few.pt"))) == 9
+    qjax.interop.save(tmp_path / "many.pt", many)
+    with pytest.raises(containers.FormatError, match="histograms of 9 different sizes"):
+        qjax.interop.points(qjax.interop.load(tmp_path / "many.pt"))
+
+
+def test_ranges_of_many_numbers_of_channels_are_compiled_for_once(tmp_path, caplog):
+    import logging
+
+    import jax
+
+    def compilations(*channels: int) -> int:
+        jax.clear_caches()
+        caplog.clear()
+        tensors = {}
+        for count in channels:
+            tensors |= state(f"a{count}", count)
+        qjax.interop.save(tmp_path / "a.pt", tensors)
+        with jax.log_compiles(True), caplog.at_level(logging.WARNING, "jax"):
+            table = qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
+        assert [point.scale.shape for point in table] == [(count,) for count in channels]
+        assert all((point.scale == table[0].scale[0]).all() for point in table)
+        return sum("Finished XLA compilation" in record.getMessage() for record in caplog.records)
+
+    assert compilations(3, 5, 7, 16, 40, 63, 64) == compilations(3) > 0
+
+
+def test_one_range_more_than_a_length(tmp_path):
+    qjax.interop.save(tmp_path / "a.pt", state("a", 65) | state("b", 2**14 + 1))
+    table = qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
+    assert [point.scale.shape for point in table] == [(65,), (2**14 + 1,)]
