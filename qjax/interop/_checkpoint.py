@@ -11,7 +11,10 @@ import numpy as np
 from qjax import containers
 from qjax._quantize import QTensor
 from qjax.interop._dialects import Contents, recognise
+from qjax.interop._frozen import join_frozen
 from qjax.interop._packed import unpack_script
+from qjax.interop._program import Program
+from qjax.interop._pt2e import read_models
 from qjax.interop._torch_tensors import from_node, to_node
 from qjax.interop._torchao import Torchao, from_object, join_safetensors, part_key
 
@@ -30,11 +33,12 @@ class Checkpoint(Mapping[str, Any]):
     Attributes:
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
-      dialect: What wrote it, recognised by its keys: `"torchao"`, `"qat_prepared"` (fake-quantization), `"prepared"`
+      dialect: What wrote it, recognised by its keys: `"pt2e"`, `"torchao"`, `"qat_prepared"` (fake-quantization), `"prepared"`
         (observers), `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at
         run time; or `"plain"` where nothing of quantization was recognised.
       packed: The modules whose weight and bias were unpacked.
       subclasses: Of torchao's tensor subclasses: the tensor's name to the class and how that quantizes activations.
+      program: What the code in the file says of quantization; None where there is no code.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Checkpoint(Mapping[str, Any]):
         dialect: str,
         packed: Iterable[str] = (),
         subclasses: Mapping[str, tuple[str, Any]] | None = None,
+        program: Program | None = None,
     ) -> None:
         self._tensors = dict(tensors)
         self.path = path
@@ -53,6 +58,7 @@ class Checkpoint(Mapping[str, Any]):
         self.dialect = dialect
         self.packed = frozenset(packed)
         self.subclasses = dict(subclasses or {})
+        self.program = program
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -75,7 +81,7 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
 
     Args:
       path: A file that `torch.save` wrote, or a safetensors file, or the index or the folder of a sharded checkpoint: a
-        state dict, possibly nested. Or the bytes of a file.
+        state dict, possibly nested. Or a `.pt2` file of `torch.export.save`. Or the bytes of a file.
       limits: Bounds on what is read.
 
     Returns:
@@ -100,7 +106,7 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
     name = "<bytes>" if isinstance(path, bytes) else os.fspath(path)
     container = containers.open_container(path, limits=limits)
     tree = container.tree
-    if container.kind in ("pt2", "torchscript"):
+    if container.kind == "torchscript":
         raise containers.FormatError(
             f"a program ({container.kind})",
             expected="a state dict",
@@ -117,8 +123,12 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
     tensors: dict[str, Any] = {}
     packed: set[str] = set()
     subclasses: dict[str, tuple[str, Any]] = {}
+    program: Program | None = None
     try:
+        if container.kind == "pt2":
+            tree, program = read_models(tree)
         _flatten(tree, "", tensors, packed)
+        program = program or join_frozen(tensors)
         for tensor, made in _subclasses(tensors, container.metadata).items():
             subclasses[tensor] = made.kind, made.activation
     except containers.FormatError as error:
@@ -129,9 +139,10 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
         tensors,
         path=name,
         metadata=metadata,
-        dialect=recognise(Contents(tensors, metadata, frozenset(packed), subclasses)),
+        dialect=recognise(Contents(tensors, metadata, frozenset(packed), subclasses, program)),
         packed=packed,
         subclasses=subclasses,
+        program=program,
     )
 
 

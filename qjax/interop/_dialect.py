@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qjax._spec import QuantSpec
 from qjax.interop._points import QuantPoint
+from qjax.interop._program import Program
 from qjax.recipes._torch import Engine
 
 
@@ -18,6 +19,11 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any]  # torch's `_metadata`
     packed: frozenset[str]  # modules whose weight and bias were unpacked
     subclasses: Mapping[str, tuple[str, Any]]  # of torchao: tensor → class, how it quantizes activations
+    program: Program | None = None  # what the code in the file says of quantization
+
+    def claims(self, name: str) -> bool:
+        """Whether the program says what a tensor means: it is then no other dialect's."""
+        return self.program is not None and name in self.program.claimed
 
     def version(self, module: str) -> int | None:
         """The version of a module's layout; None where the file has none."""

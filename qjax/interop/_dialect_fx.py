@@ -79,7 +79,7 @@ def _buffers(contents: Contents) -> Iterator[_Buffer]:
     for key, scale in contents.tensors.items():
         path, last = split(key)
         match = _SCALE.fullmatch(last)
-        if match is None or not isinstance(scale, np.ndarray):
+        if match is None or not isinstance(scale, np.ndarray) or contents.claims(key):
             continue
         node = match["node"]
         zero_point = contents.tensors.get(member(path, f"{node}_zero_point_{match['index']}"))

@@ -10,6 +10,7 @@ from qjax._formats import int8, uint8
 from qjax._granularity import PerChannel, PerTensor
 from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, member, split
+from qjax.interop._observed_graph import ObservedGraph
 from qjax.interop._points import Origin, QuantPoint, range_point
 from qjax.interop._statistics import NO_DATA, Statistics, observed_qparams, of_shape, range_qparams, statistics
 from qjax.recipes._torch import scheme_of_engine
@@ -34,13 +35,16 @@ class Prepared:
     def points(self, contents: Contents, assume: Assumptions) -> list[QuantPoint]:
         """Outputs, and the weights of modules whose output is observed: what `convert` would give."""
         found: list[QuantPoint] = []
+        graph = ObservedGraph(contents)
         for observer in _observers(contents):
             op = op_of(observer)
             stats = statistics(observer, contents)
             if stats is None:
                 found.append(_fixed(op, observer, contents))
                 continue
-            found.append(_output(op, observer, stats, assume))
+            weight = graph.weight(observer, stats) is not None
+            point = _output(op, weight, stats, graph.assume(observer, assume))
+            found.append(graph.named(point, observer, stats, assume.weight if weight else assume.activation))
             for key in (member(op, "weight"), member(op, "0.weight")):
                 weight = contents.tensors.get(key)
                 if isinstance(weight, np.ndarray) and weight.dtype == np.float32 and weight.ndim >= 2 and weight.size:
@@ -108,10 +112,10 @@ def assumed_activation(stats: Statistics | None, assume: Assumptions) -> tuple[Q
     return scheme_of_engine(assume.engine, "points").activation("torch_fake"), Origin("assumed", why)
 
 
-def _output(op: str, observer: str, stats: Statistics, assume: Assumptions) -> QuantPoint:
-    if stats.per_channel:  # in a graph module, weights have observers, too
+def _output(op: str, weight: bool, stats: Statistics, assume: Assumptions) -> QuantPoint:
+    if stats.per_channel or weight:  # in a graph module, weights have observers, too
         role, (spec, origin) = "weight", assumed_weight(None, assume)
-        spec = of_shape(spec, True, stats.eps)
+        spec = of_shape(spec, stats.per_channel, stats.eps)
     else:
         role, (spec, origin) = "output", assumed_activation(stats, assume)
         spec = of_shape(spec, False, stats.eps)

@@ -15,6 +15,7 @@ from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, member, split
 from qjax.interop._dialect_prepared import OBSERVER, assumed_activation, assumed_weight, fixed_qparams, op_of
 from qjax.interop._fold_bn import folded_weight
+from qjax.interop._observed_graph import ObservedGraph
 from qjax.interop._points import Origin, QuantPoint, Role, range_point
 from qjax.interop._statistics import NO_DATA, Statistics, moved, observed_qparams, of_shape, range_qparams, statistics
 
@@ -44,6 +45,11 @@ class _FakeQuant(NamedTuple):
     learnable: bool
     observing: bool
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether it stands beside the nodes of a graph, and not in the module whose weight or output it is of."""
+        return self.op == self.path
+
 
 class QatPrepared:
     """`<module>.weight_fake_quant` and `<module>.activation_post_process`, each with an observer inside."""
@@ -57,10 +63,18 @@ class QatPrepared:
     def points(self, contents: Contents, assume: Assumptions) -> list[QuantPoint]:
         """Twice each: by the buffers, and as `convert` would have it."""
         found: list[QuantPoint] = []
+        graph = ObservedGraph(contents)
+
+        def add(fake: _FakeQuant, point: QuantPoint) -> None:
+            asked = assume.weight if fake.role == "weight" else assume.activation
+            found.append(graph.named(point, fake.path, fake.stats, asked))
+
         for fake in _fake_quants(contents):
-            spec, origin = _spec(fake, assume)
-            fields = {"codes_from": origin, "tensor": member(fake.op, "weight") if fake.role == "weight" else None}
-            found.append(
+            spec, origin = _spec(fake, assume, graph)
+            module = fake.role == "weight" and not fake.in_graph
+            fields = {"codes_from": origin, "tensor": member(fake.op, "weight") if module else None}
+            add(
+                fake,
                 range_point(
                     fake.op,
                     fake.role,
@@ -69,11 +83,12 @@ class QatPrepared:
                     zero_point=fake.zero_point,
                     qparams_from=Origin("file", f"{fake.path}.scale"),
                     **fields,
-                )
+                ),
             )
             scale, zero_point, why = _converted(fake, spec, contents)
-            found.append(
-                range_point(fake.op, fake.role, spec, scale=scale, zero_point=zero_point, qparams_from=why, **fields)
+            add(
+                fake,
+                range_point(fake.op, fake.role, spec, scale=scale, zero_point=zero_point, qparams_from=why, **fields),
             )
         return found
 
@@ -91,24 +106,29 @@ def _fake_quants(contents: Contents) -> Iterator[_FakeQuant]:
         if scale.size != zero_point.size or not scale.size:
             continue
         parent, name = split(path)
+        stats = statistics(member(path, OBSERVER), contents)
+        op = parent if name == _WEIGHT else op_of(path)
+        # In a graph, weights have them by the same name; they alone are per channel.
+        channels = stats is not None and stats.per_channel and op == path
         learnable = member(path, "learning_enabled") in contents.tensors
         flag = contents.tensors.get(member(path, "static_enabled" if learnable else "observer_enabled"))
         yield _FakeQuant(
             path=path,
-            op=parent if name == _WEIGHT else op_of(path),
-            role="weight" if name == _WEIGHT else "output",
+            op=op,
+            role="weight" if name == _WEIGHT or channels else "output",
             scale=scale,
             zero_point=zero_point,
-            stats=statistics(member(path, OBSERVER), contents),
+            stats=stats,
             fused=enabled.dtype == np.int64,
             learnable=learnable,
             observing=isinstance(flag, np.ndarray) and bool(flag.any()),
         )
 
 
-def _spec(fake: _FakeQuant, assume: Assumptions) -> tuple[QuantSpec, Origin]:
+def _spec(fake: _FakeQuant, assume: Assumptions, graph: ObservedGraph) -> tuple[QuantSpec, Origin]:
     """The spec whose qparams of the observer's range the buffers are; else the assumed one."""
-    assumed = assumed_weight(None, assume) if fake.role == "weight" else assumed_activation(None, assume)
+    default = graph.assume(fake.path, assume)
+    assumed = assumed_weight(None, default) if fake.role == "weight" else assumed_activation(None, default)
     per_channel = fake.scale.size > 1 or (fake.stats is not None and fake.stats.per_channel)
     stats = fake.stats
     eps = None if stats is None else stats.eps
@@ -157,7 +177,7 @@ def _converted(
 ) -> tuple[np.ndarray | None, np.ndarray | None, Origin]:
     """The qparams that `convert` would give."""
     stats = fake.stats
-    if fake.learnable and not (fake.role == "weight" and fake.observing):
+    if fake.learnable and (fake.in_graph or not (fake.role == "weight" and fake.observing)):
         return *_learned(fake, spec), Origin("file", _LEARNED)
     if stats is None:
         fixed = fixed_qparams(member(fake.path, OBSERVER), contents)
@@ -165,7 +185,7 @@ def _converted(
             return *fixed, Origin("file", f"{fake.path}.{OBSERVER}.scale")
         return None, None, Origin("unknown", "the file has no observer for it")
     why = _CONVERT
-    if fake.role == "weight":
+    if fake.role == "weight" and not fake.in_graph:
         why = _FROZEN_WEIGHT
         if fake.observing:
             weight = folded_weight(fake.op, contents)

@@ -65,6 +65,7 @@ def _weights(contents: Contents) -> dict[str, QTensor]:
         for name, value in contents.tensors.items()
         if isinstance(value, QTensor)
         and name not in contents.subclasses
+        and not contents.claims(name)
         and not is_dynamic_module(split(name)[0], contents)
     }
 

@@ -12,6 +12,7 @@ from qjax.interop._dialect import Assumptions, Contents, Dialect, split
 from qjax.interop._dialect_dynamic import EagerDynamic
 from qjax.interop._dialect_fx import FxReference, FxStatic
 from qjax.interop._dialect_prepared import Prepared
+from qjax.interop._dialect_program import FromProgram
 from qjax.interop._dialect_qat import QatPrepared
 from qjax.interop._dialect_static import EagerStatic
 from qjax.interop._dialect_torchao import Torchao
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # A file of several dialects is called by the first.
 DIALECTS: tuple[Dialect, ...] = (
+    FromProgram("pt2e"),
+    FromProgram("torchscript"),
     Torchao(),
     QatPrepared(),
     Prepared(),
@@ -74,7 +77,7 @@ def points(
       [('weight', '0.125', 'file'), ('input', 'None', 'unknown'), ('output', '0.25', 'file')]
     """
     scheme_of_engine(engine, "points")
-    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses)
+    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses, checkpoint.program)
     assume = Assumptions(engine=engine, activation=activation, weight=weight)
     _check_histograms(contents, checkpoint.path)
     found: list[QuantPoint] = []
@@ -101,11 +104,13 @@ _ROLES = {"weight": 0, "input": 1, "output": 2}
 
 
 def _in_file_order(found: list[QuantPoint], contents: Contents) -> list[QuantPoint]:
-    """By the first key of each module, then weight, input, output."""
+    """By the first key of each module, then those of no module as they come; weight, input, output."""
     first: dict[str, int] = {}
     for index, key in enumerate(contents.tensors):
         module = key
         while module:
             module = module.rpartition(".")[0]
             first.setdefault(module, index)
-    return sorted(found, key=lambda point: (first.get(point.op, len(contents.tensors)), point.op, _ROLES[point.role]))
+    come = {op: index for index, op in enumerate(dict.fromkeys(point.op for point in found))}
+    last = len(contents.tensors)
+    return sorted(found, key=lambda point: (first.get(point.op, last), come[point.op], _ROLES[point.role]))

@@ -240,9 +240,9 @@ def test_cut_files_and_foreign_files_are_refused(tmp_path):
 def test_safetensors_and_programs(tmp_path):
     containers.write_safetensors(tmp_path / "m.safetensors", {"w": np.arange(3)})
     np.testing.assert_array_equal(qjax.interop.load(tmp_path / "m.safetensors")["w"], np.arange(3))
-    for kind in ("pt2", "torchscript"):
+    for kind, message in (("pt2", "a program without signature"), ("torchscript", r"a program \(torchscript\)")):
         (tmp_path / kind).write_bytes(SAMPLES[kind])
-        with pytest.raises(containers.FormatError, match=rf"{kind}: found a program \({kind}\)"):
+        with pytest.raises(containers.FormatError, match=rf"{kind}: .*found {message}"):
             qjax.interop.load(tmp_path / kind)
 
 
