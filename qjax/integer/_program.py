@@ -27,7 +27,7 @@ from qjax.transform._prepare import Prepared
 from qjax.transform._quantizer import Quantizer
 from qjax.transform._sharded import update
 from qjax.transform._tied import Tied
-from qjax.transform._trace import Graph, Node, Op, operand_role
+from qjax.transform._trace import Graph, Node, Op, Trace, operand_role
 from qjax.transform._values import ABSENT, Accumulated, Quantized, Value, dequantize_unfused, to_real
 
 Point = tuple[QuantSpec, QParams]
@@ -210,6 +210,12 @@ class IntegerProgram:
           OSError: The file cannot be written.
         """
         save(self, path, args or self._signature, platforms)
+
+    def trace(self) -> Trace:
+        """The traced function, with the arguments that it was converted with."""
+        place = self._prepared.params_argnum
+        args = self._signature
+        return self._prepared.trace(*args[:place], self._params_shape, *args[place:])
 
     def arrays(self) -> Any:
         """All arrays that the program holds, as a tree: stored weights, qparams, parameters kept in float."""

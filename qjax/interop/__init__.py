@@ -1,23 +1,45 @@
 """What the arrays of a checkpoint mean, without torch: read, explained and written."""
 
 from qjax.interop._checkpoint import Checkpoint, load, save
+from qjax.interop._derive import torch_modules
 from qjax.interop._dialects import points
-from qjax.interop._eager_static import Conv2d, Linear, eager_static
+from qjax.interop._eager_static import eager_static
 from qjax.interop._explain import Explanation, Point, explain
+from qjax.interop._modules import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Embedding,
+    FloatFunctional,
+    Linear,
+    TorchModule,
+)
 from qjax.interop._points import Origin, PointTable, QuantPoint
 
 __all__ = [
     "Checkpoint",
+    "Conv1d",
     "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Embedding",
     "Explanation",
+    "FloatFunctional",
     "Linear",
     "Origin",
     "Point",
     "PointTable",
     "QuantPoint",
+    "TorchModule",
     "eager_static",
     "explain",
     "load",
     "points",
     "save",
+    "torch_modules",
 ]

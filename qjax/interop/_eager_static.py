@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,37 +12,9 @@ from qjax._granularity import PerChannel, PerTensor
 from qjax._quantize import QTensor
 from qjax.containers import Global, Record
 from qjax.integer import IntegerOp, IntegerProgram
-from qjax.transform._contraction import Conv, Dot
-
-
-@dataclasses.dataclass(frozen=True)
-class Conv2d:
-    """Says that an op becomes a quantized `Conv2d` or `ConvReLU2d`.
-
-    The kernel is turned from the op's own layout (HWIO in Flax) to torch's OIHW.
-
-    Args:
-      name: The module's name in the torch model, such as `"features.0"`.
-    """
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """Says that an op becomes a quantized `Linear` or `LinearReLU`; the kernel is turned from `(in, out)` to `(out, in)`.
-
-    Args:
-      name: The module's name in the torch model.
-      flattened: Where the input is a flattened feature map: its `(height, width, channels)`. Torch flattens channels
-        first, so the weight's inputs are permuted from HWC to CHW order.
-    """
-
-    name: str
-    flattened: tuple[int, int, int] | None = None
-
-
-TorchModule = Conv2d | Linear
+from qjax.interop._layout import bias_of, layout_of
+from qjax.interop._modules import Conv2d, Linear, TorchModule
+from qjax.transform._contraction import Conv
 
 
 def eager_static(
@@ -158,13 +128,8 @@ def _same_qparams(op: IntegerOp, other: IntegerOp) -> bool:
 
 
 def _module_state(op: IntegerOp, module: TorchModule) -> dict[str, Any]:
-    weight = _conv_weight(op) if isinstance(module, Conv2d) else _linear_weight(op, module)
-    outputs = weight.codes.shape[0]
-    bias = None
-    if op.bias is not None:
-        bias = np.asarray(op.bias, np.float32).reshape(-1)
-        if bias.shape != (outputs,):
-            raise ValueError(f"eager_static: {op.name} adds a bias of shape {op.bias.shape}; torch wants ({outputs},).")
+    weight = _weight(op, module)
+    bias = bias_of(op, op.bias, weight.codes.shape[0], "eager_static")
     scale, zero_point = _point(op, "output")
     result: dict[str, Any] = {}
     if isinstance(module, Conv2d):
@@ -177,71 +142,19 @@ def _module_state(op: IntegerOp, module: TorchModule) -> dict[str, Any]:
     return {f"{module.name}.{key}": value for key, value in result.items()}
 
 
-def _conv_weight(op: IntegerOp) -> QTensor:
-    conv = op.contraction
-    if not isinstance(conv, Conv) or op.weight.codes.ndim != 4:
+def _weight(op: IntegerOp, module: TorchModule) -> QTensor:
+    """Laid out as torch has it, its output axis first."""
+    try:
+        weight = layout_of(op, module, "eager_static").tensor(op.weight)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith("eager_static") else f"eager_static: {error}") from None
+    granularity = weight.spec.granularity
+    if isinstance(granularity, PerChannel) and granularity.axes != (0,):
         raise ValueError(
-            f"eager_static: {op.name} is a {op.kind} of rank {op.weight.codes.ndim}, not a 2-D convolution."
+            f"eager_static: the weight of {op.name} is quantized {op.weight.spec.granularity}; torch wants one scale for each "
+            'output, which is PerChannel("output").'
         )
-    _check_geometry(op, conv)
-    return _permuted(op, tuple(conv.dimension_numbers.rhs_spec))
-
-
-def _check_geometry(op: IntegerOp, conv: Conv) -> None:
-    if any(step != 1 for step in conv.lhs_dilation):
-        raise ValueError(
-            f"eager_static: {op.name} dilates its input by {conv.lhs_dilation}, as a transposed convolution does; torch's "
-            "quantized Conv2d cannot. Resize the input before an ordinary convolution, or leave the op in float."
-        )
-    if conv.batch_group_count != 1:
-        raise ValueError(
-            f"eager_static: {op.name} has batch_group_count={conv.batch_group_count}, which torch's Conv2d does not have. "
-            "Use feature_group_count, or leave the op in float."
-        )
-    if any(low != high or low < 0 for low, high in conv.padding):
-        raise ValueError(
-            f"eager_static: {op.name} pads by {conv.padding}; torch's Conv2d pads both ends of a dimension alike. JAX's "
-            '"SAME" pads unevenly where a stride or an even kernel asks for it: say symmetric padding instead, such as '
-            "padding=1 for a 3x3 kernel, and train with it."
-        )
-
-
-def _linear_weight(op: IntegerOp, module: Linear) -> QTensor:
-    dot = op.contraction
-    is_matrix = isinstance(dot, Dot) and op.weight.codes.ndim == 2 and not dot.batch[1] and op.weight_operand == 1
-    if not isinstance(dot, Dot) or not is_matrix:
-        raise ValueError(
-            f"eager_static: {op.name} is a {op.kind} whose weight, its operand {op.weight_operand}, has shape "
-            f"{op.weight.shape}; a Linear wants x @ w with a matrix w."
-        )
-    contracted = dot.contracting[1][0]
-    weight = _permuted(op, (1 - contracted, contracted))
-    if module.flattened is None:
-        return weight
-    if math.prod(module.flattened) != weight.shape[1]:
-        raise ValueError(
-            f"eager_static: {op.name} has {weight.shape[1]} inputs, but Linear({module.name!r}, "
-            f"flattened={module.flattened}) says {math.prod(module.flattened)}. Give the (height, width, channels) of the "
-            "feature map that is flattened."
-        )
-    channels_last = np.asarray(weight.codes).reshape(weight.shape[0], *module.flattened)
-    codes = channels_last.transpose(0, 3, 1, 2).reshape(weight.shape)
-    return dataclasses.replace(weight, codes=codes)
-
-
-def _permuted(op: IntegerOp, order: tuple[int, ...]) -> QTensor:
-    """Transpose a weight so that its output axis comes first, the channel axis with it."""
-    codes = np.ascontiguousarray(np.asarray(op.weight.codes).transpose(order))
-    spec = op.weight.spec
-    if isinstance(spec.granularity, PerChannel):
-        axes = [order.index(axis % op.weight.codes.ndim) for axis in spec.granularity.axes]
-        if axes != [0]:
-            raise ValueError(
-                f"eager_static: the weight of {op.name} is quantized {spec.granularity}; torch wants one scale for each "
-                f"output, which is PerChannel({order[0] - len(order)}) here."
-            )
-        spec = spec.replace(granularity=PerChannel(0))
-    return dataclasses.replace(op.weight, codes=codes, spec=spec)  # type: ignore[arg-type]
+    return weight
 
 
 def _check_weight(op: IntegerOp) -> None:

@@ -91,9 +91,8 @@ def test_what_torch_cannot_hold_is_refused(changes, message):
 
 def test_a_weight_scaled_along_its_inputs_is_refused():
     integer = program()
-    turned = dataclasses.replace(
-        integer.ops[-1].weight, spec=W8.replace(granularity=qjax.PerChannel(0)), scale=np.ones(8, np.float32)
-    )
+    qparams = {"scale": np.ones(8, np.float32), "zero_point": np.zeros(8, np.int32)}
+    turned = dataclasses.replace(integer.ops[-1].weight, spec=W8.replace(granularity=qjax.PerChannel(0)), **qparams)
     integer.ops = (*integer.ops[:-1], dataclasses.replace(integer.ops[-1], weight=turned))
     with pytest.raises(ValueError, match=r"Dense_1 is quantized per_channel\(0\); torch wants one scale for each"):
         eager_static(integer, MODULES)
