@@ -1,10 +1,13 @@
 """What the arrays of a checkpoint mean, without torch: read, explained and written."""
 
+from qjax.interop._answer import Answer, output_point
 from qjax.interop._checkpoint import Checkpoint, load, save
 from qjax.interop._derive import torch_modules
 from qjax.interop._dialects import points
 from qjax.interop._eager_static import eager_static
 from qjax.interop._explain import Explanation, Point, explain
+from qjax.interop._findings import Finding
+from qjax.interop._interpret import interpret
 from qjax.interop._modules import (
     Conv1d,
     Conv2d,
@@ -20,6 +23,7 @@ from qjax.interop._modules import (
 from qjax.interop._points import Origin, PointTable, QuantPoint
 
 __all__ = [
+    "Answer",
     "Checkpoint",
     "Conv1d",
     "Conv2d",
@@ -29,6 +33,7 @@ __all__ = [
     "ConvTranspose3d",
     "Embedding",
     "Explanation",
+    "Finding",
     "FloatFunctional",
     "Linear",
     "Origin",
@@ -38,7 +43,9 @@ __all__ = [
     "TorchModule",
     "eager_static",
     "explain",
+    "interpret",
     "load",
+    "output_point",
     "points",
     "save",
     "torch_modules",

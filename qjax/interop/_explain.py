@@ -1,59 +1,128 @@
-"""Say what a checkpoint means: the law with its numbers filled in, for every tensor and every module's output."""
+"""Say what a checkpoint means: the law with its numbers filled in, for every point, and what its owner should know."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from qjax import containers
-from qjax._formats import Int, uint8
-from qjax._granularity import PerChannel
+from qjax._formats import Int
 from qjax._quantize import QTensor
-from qjax._spec import QuantSpec
+from qjax.interop._answer import NO_ANSWER, Answer, answer, law_of
 from qjax.interop._checkpoint import Checkpoint
+from qjax.interop._code_statistics import CodeStatistics, code_statistics
+from qjax.interop._dialect import Contents, member, split
+from qjax.interop._dialect_dynamic import is_dynamic_module
+from qjax.interop._dialect_prepared import OBSERVER
+from qjax.interop._dialects import points as points_of
+from qjax.interop._explain_table import render
+from qjax.interop._findings import AFTER, STATIC_LINEAR, TRAINING, Finding, dead_channels, findings
 from qjax.interop._outputs import is_dynamic, module_outputs
-from qjax.interop._text import printable, span
-from qjax.interop._torch_tensors import kind_of, torch_dtype
+from qjax.interop._points import QuantPoint, Role
+from qjax.interop._torch_tensors import kind_of
 
-_DYNAMIC = "dynamic (or never calibrated): scale and zero_point are found at run time"
+_PLACEHOLDER = "dynamic: its scale 1 and zero_point 0 in the file are placeholders, and its outputs are floats"
+_AMBIGUOUS = "its scale 1 and zero_point 0 say that it is dynamic, or that it is static and was never calibrated"
+_BESIDE = ("zero_point", "axis", "qscheme", "dtype")
 _NO_LAW = "the model was converted before its observers saw data, or the file is damaged"
+_LISTED = 2**16  # numbers of a scale that JSON lists; of more it says the range
+_SLICE = 2**20
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """One place where a model is quantized: `real = scale · (q - zero_point)`.
+    """One place where a model is quantized, `real = scale · (q - zero_point)`, and what can be said of it.
 
-    Per channel, scale, zero_point and the reals have one entry a channel; per tensor one in all.
+    Per channel, scale, zero_point and the reals have one entry a channel; per tensor one in all; where they are found at run
+    time, none.
     """
 
-    name: str
-    role: str  # "weight", "output" (of a module) or "input" (of the model)
-    dtype: str  # torch's name of the codes: "qint8", "quint8"
-    scheme: str  # "per_tensor symmetric", "per_channel affine", …
-    axis: int | None  # of the channels; None per tensor
-    shape: tuple[int, ...] | None  # None for an activation, whose shape the file does not know
-    quant_min: int
-    quant_max: int
-    scale: tuple[float, ...]
-    zero_point: tuple[float, ...]  # whole numbers but for float_qparams
-    real_min: float  # smallest real that some code represents
-    real_max: float
-    share_at_limits: float | None  # of the codes that are quant_min or quant_max; None for an activation
-    source: str  # the key of the file that says so
+    quant: QuantPoint  # the numbers, and where each came from
+    name: str  # of the tensor; of an activation, of its module
+    stage: str = ""  # of the two points of QAT: "in training" by the buffers, "after convert()"
+    shape: tuple[int, ...] | None = None  # None for an activation, whose shape the file does not know
+    real_min: float | None = None  # smallest real that some code represents; None where there is no scale
+    real_max: float | None = None
+    share_at_limits: float | None = None  # of the codes that are the smallest or the largest; None without codes
+    channels: int | None = None  # of a weight
+    dead_channels: tuple[int, ...] = ()  # whose codes all stand for 0
+    statistics: CodeStatistics | None = None
+
+    @property
+    def op(self) -> str:
+        """The module's path."""
+        return self.quant.op
+
+    @property
+    def role(self) -> Role:
+        """Weight, input or output."""
+        return self.quant.role
+
+    @property
+    def title(self) -> str:
+        """The name, with the stage of QAT."""
+        name = self.name or "the model"
+        return f"{name} {self.stage}" if self.stage else name
+
+    @property
+    def dtype(self) -> str:
+        """Torch's name of the codes: `"qint8"`, `"quint8"`."""
+        return self.quant.dtype or ""
+
+    @property
+    def scheme(self) -> str:
+        """`"per_tensor symmetric"`, `"per_channel affine"` and so on; empty where there is no scale."""
+        where, _, symmetry = (self.quant.scheme or "").removesuffix("_float_qparams").rpartition("_")
+        return f"{where} {symmetry}".strip()
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of the channels; None per tensor."""
+        return self.quant.axis
+
+    @property
+    def quant_min(self) -> int | None:
+        """The smallest code in use."""
+        return self.quant.quant_min
+
+    @property
+    def quant_max(self) -> int | None:
+        """The largest code in use."""
+        return self.quant.quant_max
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """All scales, flat; `quant.scale` is the array."""
+        return () if self.quant.scale is None else tuple(self.quant.scale.reshape(-1).astype(float).tolist())
+
+    @property
+    def zero_point(self) -> tuple[float, ...]:
+        """All zero_points, flat; whole numbers but for float_qparams."""
+        return () if self.quant.zero_point is None else tuple(self.quant.zero_point.reshape(-1).tolist())
+
+    @property
+    def values(self) -> int | None:
+        """How many reals each scale gives; None where codes are not integers."""
+        spec = self.quant.spec
+        if self.quant_min is None or self.quant_max is None or (spec is not None and not isinstance(spec.format, Int)):
+            return None
+        return self.quant_max - self.quant_min + 1
+
+    @property
+    def source(self) -> str:
+        """Where the numbers came from: a key of the file, or a reason."""
+        return self.quant.qparams_from.detail
 
     @property
     def law(self) -> str:
-        """The law with its numbers filled in; of the first channel where there are several."""
-        return f"{self.scale[0]:.6g} · (q {_minus(self.zero_point[0])})"
+        """The law with its numbers filled in; of the first channel where there are several; the formula at run time."""
+        return law_of(self.quant)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,76 +135,48 @@ class Explanation:
     floats: tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of what is not quantized
     unread: tuple[tuple[str, str], ...]  # (name, what it is) of entries that have no meaning here
     notes: tuple[tuple[str, str], ...] = ()  # (module, why) of outputs whose scale and zero_point are no law
+    unknown: tuple[QuantPoint, ...] = ()  # points whose qparams the file does not hold, with the reason
+    findings: tuple[Finding, ...] = ()  # what its owner should know
+    answer: Answer = NO_ANSWER  # what the model's integer outputs mean
 
     def to_json(self) -> str:
-        """The same as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The same as JSON text; what is no number (inf, NaN) is a string."""
+        fields = {
+            "path": self.path,
+            "dialect": self.dialect,
+            "points": [_json_point(point) for point in self.points],
+            "floats": self.floats,
+            "unread": self.unread,
+            "notes": self.notes,
+            "unknown": [{"op": p.op, "role": p.role, "reason": p.qparams_from.detail} for p in self.unknown],
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "answer": self.answer.text,
+        }
+        return json.dumps(_plain(fields), indent=2, allow_nan=False)
 
-    def render(self, *, width: int = 80, color: bool = False) -> str:
-        """The table as text."""
-        out = io.StringIO()
-        console = Console(file=out, width=width, force_terminal=color, color_system="auto" if color else None)
-        summary = f"{self.dialect}, {len(self.points)} quantized, {len(self.floats)} float"
-        console.print(Text(printable(f"{self.path}: {summary}")))
-        if self.points:
-            console.print("real = scale · (q - zero_point)")
-            console.print(_table(self.points))
-            console.print(_last_output(self.points, bool(self.notes)))
-        for module, why in self.notes:
-            console.print(Text(printable(f"The output of {module}: {why}.")))
-        if self.floats:
-            listed = ", ".join(f"{name} {dtype}{list(shape)}" for name, shape, dtype in self.floats)
-            console.print(Text(printable(f"Not quantized: {listed}")))
-        for name, what in self.unread:
-            console.print(Text(printable(f"Not interpreted: {name}: {what}")))
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    def render(self, *, width: int = 80, color: bool = False, wide: bool = False) -> str:
+        """The table as text; with `wide`, all columns, as wide as they are."""
+        return render(self, width=width, color=color, wide=wide)
 
     def __str__(self) -> str:
         return self.render()
 
 
-def _table(points: Sequence[Point]) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    for header in ("tensor", "codes", "scale\n= step", "zero\npoint", "reals", "at\nlimits"):
-        justify = "left" if header in ("tensor", "codes") else "right"
-        # A long name folds; numbers stay whole.
-        table.add_column(header, justify=justify, overflow="fold", no_wrap=header != "tensor")
-    for point in points:
-        shape = "" if point.shape is None else " " + "x".join(map(str, point.shape))
-        granularity, symmetry = point.scheme.split()
-        axis = "" if point.axis is None else f"({point.axis})"
-        table.add_row(
-            Text(printable(point.name) + f"\n{point.role}{shape}"),
-            f"{point.dtype} {granularity}{axis}\n{point.quant_min}..{point.quant_max} {symmetry}",
-            span(point.scale),
-            span(point.zero_point),
-            f"{point.real_min:.4g}\n.. {point.real_max:.4g}",
-            "" if point.share_at_limits is None else f"{100 * point.share_at_limits:.2f} %",
-        )
-    return table
+def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) -> Explanation:
+    """Explain a checkpoint: what each tensor's codes stand for, what each module's output, and what its owner should know.
 
-
-def _minus(zero_point: float) -> str:
-    return f"- {zero_point:.6g}" if zero_point >= 0 else f"+ {-zero_point:.6g}"
-
-
-def _last_output(points: Sequence[Point], others: bool) -> Text:
-    outputs = [point for point in points if point.role == "output"]
-    if not outputs:
-        return Text("No module stores the qparams of an output: activations are float, or quantized at run time.")
-    last = outputs[-1]
-    which = "the last module in the file" + (" with qparams of its own" if others else "")
-    return Text(printable(f"{which.capitalize()}, {last.name}, means: real = {last.law}"))
-
-
-def explain(checkpoint: Checkpoint) -> Explanation:
-    """Explain a checkpoint: what each tensor's codes stand for, and each module's output.
+    Weights are looked at once, in pieces, so that a file larger than memory can be explained.
 
     Args:
       checkpoint: From `load`.
+      ops: A regular expression: only points of ops and tensors, and only floats, in whose names it is found.
+      **assume: `engine`, `activation` and `weight`, as `points` takes them.
 
     Returns:
-      An `Explanation`; print it, or look at its `points`.
+      An `Explanation`; print it, or look at its `points` and `findings`.
+
+    Raises:
+      ValueError: ops is no regular expression, or torch has no such engine.
 
     Examples:
       >>> import jax.numpy as jnp, os, qjax, tempfile
@@ -147,83 +188,174 @@ def explain(checkpoint: Checkpoint) -> Explanation:
       >>> point.law, point.real_min, point.real_max
       ('0.125 · (q - 0)', -16.0, 15.875)
     """
-    points: list[Point] = []
+    wanted = _pattern(ops)
+    table = points_of(checkpoint, **assume)
+    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses, checkpoint.program)
+    stages = _stages(table, contents)
+    known: list[Point] = []
+    unknown: list[QuantPoint] = []
+    for quant, stage in zip(table, stages, strict=True):
+        if not (wanted.search(quant.op) or wanted.search(quant.tensor or "")):
+            continue
+        if quant.qparams_from.kind == "unknown" or (quant.scale is not None and not quant.valid):
+            unknown.append(quant)
+        else:
+            known.append(_point(quant, stage, checkpoint))
+    quantized = {quant.tensor for quant in table}
+    notes = tuple(_notes(table, contents))
     floats: list[tuple[str, tuple[int, ...], str]] = []
     unread: list[tuple[str, str]] = []
-    notes: list[tuple[str, str]] = []
-    outputs = {} if checkpoint.dialect == "plain" else module_outputs(checkpoint)
+    qparams = _qparam_keys(table) | {member(op, name) for op, _ in notes for name in ("scale", "zero_point")}
     for name, value in checkpoint.items():
-        module, _, last = name.rpartition(".")
-        if isinstance(value, QTensor):
-            points.append(_tensor_point(name, value))
-        elif last == "scale" and module in outputs:
-            scale, zero_point = outputs[module]
-            if module in checkpoint.packed and is_dynamic(scale, zero_point):
-                notes.append((module, _DYNAMIC))
-            elif not (np.isfinite(scale).all() and (scale > 0).all()):
-                notes.append((module, f"scale is {scale.item():g}: {_NO_LAW}"))
-            else:
-                points.append(_activation_point(module, scale, zero_point, name))
-        elif last == "zero_point" and module in outputs:
+        if name in quantized or name in qparams or not wanted.search(name) or _is_statistic(name):
             continue
-        elif isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray):
             floats.append((name, value.shape, str(value.dtype)))
-        elif not (last == "dtype" and isinstance(value, containers.Global)):
+        elif not isinstance(value, QTensor) and not (name.endswith("dtype") and isinstance(value, containers.Global)):
             unread.append((name, kind_of(value)))
-    # A module's weight before its output, whatever the order of the file.
-    order = {module: index for index, module in reversed(list(enumerate(map(_module, points))))}
-    points.sort(key=lambda point: (order[_module(point)], point.role != "weight"))
-    return Explanation(checkpoint.path, checkpoint.dialect, tuple(points), tuple(floats), tuple(unread), tuple(notes))
-
-
-def _module(point: Point) -> str:
-    return point.name.rpartition(".")[0] if point.role == "weight" else point.name
-
-
-def _tensor_point(name: str, q: QTensor) -> Point:
-    codes = np.asarray(q.codes)
-    spec = q.spec
-    low, high = int(spec.format.quant_min), int(spec.format.quant_max)
-    share = float(np.mean((codes == low) | (codes == high))) if codes.size else 0.0
-    share = share if isinstance(spec.format, Int) else None  # the codes of others are bit patterns
-    return _point(name, "weight", spec, q.scale, q.zero_point, codes.shape, share, name)
-
-
-def _activation_point(module: str, scale: Any, zero_point: Any, source: str) -> Point:
-    # A Quantize module holds arrays of one element, where the others hold scalars.
-    role = "input" if np.shape(scale) == (1,) else "output"
-    return _point(module, role, QuantSpec(uint8), scale, zero_point, None, None, source)
-
-
-def _point(
-    name: str,
-    role: str,
-    spec: QuantSpec,
-    scale: Any,
-    zero_point: Any,
-    shape: tuple[int, ...] | None,
-    share: float | None,
-    source: str,
-) -> Point:
-    scales = np.asarray(scale, np.float32).reshape(-1)
-    # float_qparams, of embeddings, have real zero_points.
-    points = np.asarray(zero_point, np.float32 if spec.float_zero_point else np.int64).reshape(-1)
-    low, high = int(spec.format.quant_min), int(spec.format.quant_max)
-    where = str(spec.granularity).partition("(")[0]
-    symmetric = not points.any() and (not isinstance(spec.format, Int) or spec.format.signed)
-    return Point(
-        name=name,
-        role=role,
-        dtype=torch_dtype(spec),
-        scheme=f"{where} {'symmetric' if symmetric else 'affine'}",
-        axis=spec.granularity.axes[0] if isinstance(spec.granularity, PerChannel) else None,
-        shape=shape,
-        quant_min=low,
-        quant_max=high,
-        scale=tuple(float(value) for value in scales),
-        zero_point=tuple(points.tolist()),
-        real_min=float(np.min((low - points) * scales)),
-        real_max=float(np.max((high - points) * scales)),
-        share_at_limits=share,
-        source=source,
+    return Explanation(
+        checkpoint.path,
+        checkpoint.dialect,
+        tuple(known),
+        tuple(floats),
+        tuple(unread),
+        tuple((op, why) for op, why in notes if wanted.search(op)),
+        tuple(unknown),
+        findings(known, unknown, contents),
+        answer(table.points, checkpoint.dialect),
     )
+
+
+def _pattern(ops: str | None) -> re.Pattern[str]:
+    try:
+        return re.compile(ops or "")
+    except (re.error, RecursionError) as error:
+        raise ValueError(f"explain: ops must be a regular expression, got {ops!r}: {error}.") from error
+
+
+def _stages(table: Sequence[QuantPoint], contents: Contents) -> list[str]:
+    """QAT has two points of an op and role: the buffers, and what convert() would give."""
+    buffers: set[tuple[str, str]] = set()
+    found: list[str] = []
+    for point in table:
+        path, last = split(point.qparams_from.detail)
+        key = point.op, point.role
+        if key in buffers:
+            found.append(AFTER)
+        elif last == "scale" and member(path, "fake_quant_enabled") in contents.tensors:
+            buffers.add(key)
+            found.append(TRAINING)
+        else:
+            found.append("")
+    return found
+
+
+def _qparam_keys(table: Sequence[QuantPoint]) -> set[str]:
+    """Keys that hold the qparams of a point, which are no tensors of their own."""
+    found: set[str] = set()
+    for point in table:
+        for origin in (point.qparams_from, point.codes_from):
+            if origin.kind == "file" and " " not in origin.detail:
+                found.add(origin.detail)
+                start, last = split(origin.detail)
+                found |= {member(start, last.replace("scale", part)) for part in _BESIDE}
+    return found - {point.tensor for point in table if point.tensor is not None}
+
+
+def _is_statistic(name: str) -> bool:
+    """Whether it is a buffer of an observer or of a fake-quantization."""
+    return any(part == "weight_fake_quant" or part.startswith(OBSERVER) for part in name.split(".")[:-1])
+
+
+def _notes(table: Sequence[QuantPoint], contents: Contents) -> Iterator[tuple[str, str]]:
+    """Outputs whose scale and zero_point in the file are no law."""
+    dynamic = list(dict.fromkeys(point.op for point in table if point.qparams_from.kind == "run_time"))
+    dynamic += [op for op in sorted(contents.packed) if op not in dynamic and is_dynamic_module(op, contents)]
+    outputs = module_outputs(contents.tensors)
+    for op in dynamic:
+        if op in outputs and is_dynamic(*outputs[op]):
+            version = contents.version(op)
+            yield op, _PLACEHOLDER if version is None or version > STATIC_LINEAR else _AMBIGUOUS
+    for point in table:
+        if point.role == "output" and point.scale is not None and not point.valid:
+            yield point.op, f"scale is {point.scale.reshape(-1)[0]:g}: {_NO_LAW}"
+
+
+def _point(quant: QuantPoint, stage: str, checkpoint: Checkpoint) -> Point:
+    name = quant.tensor or quant.op
+    value = None if quant.tensor is None else checkpoint.get(quant.tensor)
+    shape = None if value is None else tuple(np.shape(value.codes if isinstance(value, QTensor) else value))
+    low, high = _reals(quant)
+    found, channels, dead = None, None, ()
+    if quant.role == "weight" and shape is not None:
+        axis = quant.axis if quant.axis is not None else (0 if len(shape) > 1 else None)
+        channels = 1 if axis is None else shape[axis]
+        if isinstance(value, QTensor):
+            found = code_statistics(np.asarray(value.codes), value.spec.format, axis)
+            dead = () if found is None else dead_channels(found, quant)
+    return Point(
+        quant=quant,
+        name=name,
+        stage=stage,
+        shape=shape,
+        real_min=low,
+        real_max=high,
+        share_at_limits=None if found is None else (found.at_limits / found.size if found.size else 0.0),
+        channels=channels,
+        dead_channels=dead,
+        statistics=found,
+    )
+
+
+def _reals(quant: QuantPoint) -> tuple[float | None, float | None]:
+    """The smallest and largest real of all channels, rounded to float32 as torch rounds what it dequantizes."""
+    if quant.scale is None or quant.zero_point is None or quant.quant_min is None or not quant.scale.size:
+        return None, None
+    assert quant.quant_max is not None
+    low, high = np.inf, -np.inf
+    scale, zero_point = quant.scale.reshape(-1), quant.zero_point.reshape(-1)
+    for start in range(0, scale.size, _SLICE):
+        steps = scale[start : start + _SLICE].astype(np.float64)
+        zero = zero_point[start : start + _SLICE].astype(np.float64)
+        low = min(low, float(np.min((quant.quant_min - zero) * steps)))
+        high = max(high, float(np.max((quant.quant_max - zero) * steps)))
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(low)), float(np.float32(high))
+
+
+def _json_point(point: Point) -> dict[str, Any]:
+    quant = point.quant
+    scale, zero_point = quant.scale, quant.zero_point
+    few = scale is not None and scale.size <= _LISTED
+    fields = {
+        name: getattr(point, name)
+        for name in ("name", "role", "op", "stage", "dtype", "scheme", "axis", "shape", "quant_min", "quant_max")
+    }
+    fields |= {
+        "scale": point.scale if few else None,
+        "zero_point": point.zero_point if few else None,
+        "scales": 0 if scale is None else scale.size,
+        "scale_min": None if scale is None or not scale.size else float(scale.min()),
+        "scale_max": None if scale is None or not scale.size else float(scale.max()),
+        "zero_point_min": None if zero_point is None or not zero_point.size else zero_point.min().item(),
+        "zero_point_max": None if zero_point is None or not zero_point.size else zero_point.max().item(),
+        "law": point.law,
+        "real_min": point.real_min,
+        "real_max": point.real_max,
+        "values": point.values,
+        "share_at_limits": point.share_at_limits,
+        "channels": point.channels,
+        "dead_channels": point.dead_channels[:_LISTED],
+        "source": point.source,
+        "qparams_from": dataclasses.asdict(quant.qparams_from),
+        "codes_from": dataclasses.asdict(quant.codes_from),
+    }
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,3 +17,14 @@ def span(values: npt.ArrayLike) -> str:
     """One number, or the smallest and the largest of several."""
     low, high = np.min(values), np.max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g}\n.. {high:.4g}"
+
+
+def minus(zero_point: float) -> str:
+    """A zero_point as the law subtracts it."""
+    return f"- {zero_point:.6g}" if zero_point >= 0 else f"+ {-zero_point:.6g}"
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """The first few of several names, and how many more there are."""
+    rest = len(items) - most
+    return ", ".join(items) if rest <= 0 else f"{', '.join(items[:most])} and {rest} more"

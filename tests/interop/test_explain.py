@@ -109,28 +109,34 @@ def explained(place, values):
     return qjax.interop.explain(qjax.interop.load(place / "a.pt"))
 
 
-DYNAMIC = "dynamic (or never calibrated): scale and zero_point are found at run time"
+DYNAMIC = "dynamic: its scale 1 and zero_point 0 in the file are placeholders, and its outputs are floats"
 
 
 def test_a_dynamic_linear_has_no_output_law(tmp_path):
     explanation = explained(tmp_path, packed("fc1", 1, 0) | packed("fc2", 1, 0))
     assert explanation.dialect == "eager_dynamic"
     assert [(point.name, point.role) for point in explanation.points] == [
-        ("fc1.weight", "weight"),
-        ("fc2.weight", "weight"),
-    ]
+        ("fc1.weight", "weight"), ("fc1", "input"), ("fc2.weight", "weight"), ("fc2", "input"),
+    ]  # fmt: skip
+    point = explanation.points[1]
+    assert (point.scale, point.real_min, point.values) == ((), None, 128)
+    assert point.law.startswith("scale = (max(x, 0) - min(x, 0)) / 127, zero_point = rint(-min(x, 0) / scale)")
     assert explanation.notes == (("fc1", DYNAMIC), ("fc2", DYNAMIC))
     assert [name for name, _, _ in explanation.floats] == ["fc1.bias", "fc2.bias"]
     assert explanation.unread == ()
     text = " ".join(str(explanation).split())
-    assert f"The output of fc2: {DYNAMIC}." in text
+    assert f"The output of fc1, fc2: {DYNAMIC}." in text
+    assert "[1] At run time: scale = (max(x, 0) - min(x, 0)) / 127" in text
     assert "means: real" not in text
+    assert text.endswith("What the model returns is float.")
     assert json.loads(explanation.to_json())["notes"] == [["fc1", DYNAMIC], ["fc2", DYNAMIC]]
 
 
 def test_a_float16_dynamic_linear_is_dynamic_too(tmp_path):
     explanation = explained(tmp_path, packed("fc", 1, 0, np.ones((4, 3), np.float32)))
-    assert (explanation.dialect, explanation.points) == ("eager_dynamic", ())
+    assert explanation.dialect == "eager_dynamic"
+    (point,) = explanation.points
+    assert (point.dtype, point.scale, point.scheme) == ("float16", (), "")
     assert f"The output of fc: {DYNAMIC}." in " ".join(str(explanation).split())
 
 
@@ -162,7 +168,10 @@ def test_a_scale_that_cannot_be_is_said(tmp_path, scale):
     assert explanation.floats == (("fc1.bias", (4,), "float32"),)
     why = f"scale is {scale}: the model was converted before its observers saw data, or the file is damaged"
     assert explanation.notes == (("fc1", why),)
-    assert f"The output of fc1: {why}." in " ".join(str(explanation).split())
+    text = " ".join(str(explanation).split())
+    assert f"! a scale that is no positive number fc1 (output): scale is {scale} Its codes have no meaning." in text
+    assert f"cannot be known: fc1, the last module in the file, has a scale of {scale}." in text
+    assert explanation.answer.point is None
     json.loads(explanation.to_json())
 
 
@@ -241,3 +250,102 @@ def test_python_m_qjax_is_the_command_and_needs_no_torch(path):
     done = subprocess.run([*command, "inspect", str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == str(qjax.interop.explain(qjax.interop.load(path)))
+
+
+def test_ops_are_chosen_by_a_regular_expression(path):
+    explanation = qjax.interop.explain(qjax.interop.load(path), ops=r"^fc[12]$|conv1\.w")
+    assert [(p.name, p.role) for p in explanation.points] == [
+        ("conv1.weight", "weight"), ("fc1.weight", "weight"), ("fc1", "output"), ("fc2.weight", "weight"), ("fc2", "output"),
+    ]  # fmt: skip
+    assert explanation.floats == ()
+    assert explanation.answer.point.op == "fc2"
+    with pytest.raises(ValueError, match=r"ops must be a regular expression, got '\['"):
+        qjax.interop.explain(qjax.interop.load(path), ops="[")
+
+
+def test_the_wide_table_has_a_line_for_each_point(path):
+    explanation = qjax.interop.explain(qjax.interop.load(path))
+    lines = explanation.render(wide=True).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("──"))
+    rows = lines[start + 1 : start + 1 + len(explanation.points)]
+    for row, point in zip(rows, explanation.points, strict=True):
+        assert row.startswith(point.name)
+        assert point.law in row
+        assert f" {point.values} " in row
+        assert row.endswith(f"file: {point.source}")
+    output = explanation.points[-1]
+    assert f"{output.real_min:.6g} .. {output.real_max:.6g}" in rows[-1]
+
+
+def test_dead_and_saturated_channels(tmp_path):
+    spec = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(0))
+    codes = np.zeros((4, 3, 2), np.int8)
+    codes[1], codes[3, 0, 0], codes[3, 1] = 127, -128, 5
+    q = qjax.QTensor(codes, np.float32([1, 2, 3, 4]), np.zeros(4, np.int32), spec)
+    (point,) = explained(tmp_path, {"fc.weight": q}).points
+    assert point.dead_channels == (0, 2)
+    assert (point.channels, point.share_at_limits) == (4, 7 / 24)
+    assert (point.real_min, point.real_max) == (-512.0, 508.0)
+    text = " ".join(str(explained(tmp_path, {"fc.weight": q})).split())
+    assert "! channels of a weight whose codes all stand for 0 fc.weight: 2 of 4 (0, 2) They put out their bias" in text
+
+
+def test_statistics_of_pieces_are_those_of_the_whole(rng, monkeypatch):
+    from qjax.interop import _code_statistics
+
+    codes = rng.integers(-128, 128, (5, 7, 6)).astype(np.int8)
+    views = [codes, codes.transpose(2, 0, 1), codes[::2, ::-1], codes[:0], codes[0, 0, 0]]
+    for most in (1, 4, 10, 100, 1000):
+        monkeypatch.setattr(_code_statistics.pieces, "__defaults__", (most,))
+        for view in views:
+            for axis in (None, *range(view.ndim)):
+                found = _code_statistics.code_statistics(view, qjax.int8, axis)
+                assert found.at_limits == np.sum((view == -128) | (view == 127))
+                if view.size:
+                    others = None if axis is None else tuple(i for i in range(view.ndim) if i != axis)
+                    np.testing.assert_array_equal(found.low, np.min(view, axis=others).reshape(-1))
+                    np.testing.assert_array_equal(found.high, np.max(view, axis=others).reshape(-1))
+            counts = _code_statistics.histogram(view, qjax.int8)
+            np.testing.assert_array_equal(counts, [np.sum(view == code) for code in range(-128, 128)])
+
+
+def test_small_floats(tmp_path):
+    from qjax.interop._code_statistics import code_statistics
+
+    bits = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    found = code_statistics(bits, qjax.e4m3, 0)
+    assert (found.at_limits, found.nans, found.size) == (2, 2, 256)
+    assert found.low.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--op", "["], "is no regular expression"), (["--save", "x.npy"], "give both")]
+)
+def test_wrong_usage_of_inspect_is_status_2(path, capsys, options, message):
+    try:
+        status = _cli.main(["inspect", str(path), *options])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_inspect_wide_and_op(path, capsys):
+    explanation = qjax.interop.explain(qjax.interop.load(path), ops="fc1")
+    assert _cli.main(["inspect", str(path), "--op", "fc1"]) == 0
+    assert capsys.readouterr().out == str(explanation)
+    assert _cli.main(["inspect", str(path), "--op", "fc1", "--wide"]) == 0
+    assert capsys.readouterr().out == explanation.render(wide=True)
+
+
+def test_json_of_many_scales_says_their_range(tmp_path, monkeypatch):
+    from qjax.interop import _explain
+
+    explanation = explained(tmp_path, {"fc.weight": qtensor(axis=0)})
+    monkeypatch.setattr(_explain, "_LISTED", 3)
+    (point,) = json.loads(explanation.to_json())["points"]
+    assert (point["scale"], point["zero_point"], point["scales"]) == (None, None, 4)
+    assert (point["scale_min"], point["scale_max"]) == (
+        min(explanation.points[0].scale),
+        max(explanation.points[0].scale),
+    )

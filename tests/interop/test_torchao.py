@@ -81,7 +81,7 @@ def test_weights(tmp_path, ao, name, dtype, container):
     assert max(map(len, str(table).splitlines())) <= 80
     json.loads(table.to_json())
     explanation = qjax.interop.explain(checkpoint)
-    assert [point.name for point in explanation.points] == ["0.weight"]
+    assert [point.name for point in explanation.points] == ["0.weight", *(["0"] if inputs else [])]
     assert explanation.points[0].scheme.startswith(EXPECTED[name][1].partition("_symm")[0].partition("_aff")[0])
     assert max(map(len, str(explanation).splitlines())) <= 80
 
