@@ -8,6 +8,7 @@ from qjax.interop._eager_static import eager_static
 from qjax.interop._explain import Explanation, Point, explain
 from qjax.interop._findings import Finding
 from qjax.interop._interpret import interpret
+from qjax.interop._load_prepared import PreparedState, load_prepared
 from qjax.interop._modules import (
     Conv1d,
     Conv2d,
@@ -21,6 +22,7 @@ from qjax.interop._modules import (
     TorchModule,
 )
 from qjax.interop._points import Origin, PointTable, QuantPoint
+from qjax.interop._write_prepared import ptq_prepared, qat_prepared
 
 __all__ = [
     "Answer",
@@ -39,14 +41,18 @@ __all__ = [
     "Origin",
     "Point",
     "PointTable",
+    "PreparedState",
     "QuantPoint",
     "TorchModule",
     "eager_static",
     "explain",
     "interpret",
     "load",
+    "load_prepared",
     "output_point",
     "points",
+    "ptq_prepared",
+    "qat_prepared",
     "save",
     "torch_modules",
 ]

@@ -281,8 +281,8 @@ class Prepared:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def trace(self, *args: Any) -> Trace:
-        """Trace fn on these arguments and check the recipe against its ops."""
+    def trace(self, *args: Any, fold: bool = True) -> Trace:
+        """Trace fn on these arguments and check the recipe against its ops; without fold, batch norms stay where they are."""
         if len(args) <= self.params_argnum:
             raise TypeError(
                 f"prepare: params_argnum is {self.params_argnum}, but the function got {len(args)} argument(s). "
@@ -304,7 +304,7 @@ class Prepared:
         wanted = Wanted(self.recipe.elementwise, self.derived_weights == "weight")
         traced = trace(call, self.params_argnum, dynamic, wanted, inline=folds)
         self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
-        if folds:
+        if folds and fold:
             traced = fold_batch_norms(traced, self.recipe.bind(traced))
             # A normalization that is folded is no op any more, for a rule of kind "norm".
             self.recipe.check([(op.name, op.kind) for op in traced.graph.ops()], traced.unquantized)
