@@ -27,9 +27,11 @@ from qjax._spec import QuantSpec
 class QParams:
     """The two numbers of the law `x ≈ (q - zero_point) · scale`; one pair, or one pair a channel, group, block or token.
 
-    It is a pytree, and `scale, zero_point = qparams` unpacks it. Two conventions keep a third number:
+    It is a pytree, and `scale, zero_point = qparams` unpacks it. Three conventions keep a third number:
 
     - NVFP4 has a scale of two levels, `x ≈ q · scale · tensor_scale`, the first of them a number of E4M3;
+    - compressed-tensors divides instead, `x ≈ q · (scale / global_scale)`, which is not a product with `1 / global_scale` to
+      the last bit; files of it have such qparams, `choose_qparams` makes none;
     - ModelOpt keeps `amax`, multiplies by `quant_max / amax` and divides by it again; its scale is `amax / quant_max`, and is
       used where `amax` is None.
     """
@@ -38,6 +40,7 @@ class QParams:
     zero_point: jax.Array  # int32, the same shape as scale; float32 where the spec says float_zero_point
     tensor_scale: jax.Array | None = None  # float32, ()
     amax: jax.Array | None = None  # float32, the same shape as scale
+    global_scale: jax.Array | None = None  # float32, ()
 
     def __iter__(self) -> Iterator[jax.Array]:
         """Scale and zero_point, so that the pair can be unpacked."""
@@ -45,7 +48,9 @@ class QParams:
 
     @property
     def step(self) -> jax.Array:
-        """What one code is worth: scale, times tensor_scale where there is one."""
+        """What one code is worth: scale, times tensor_scale or divided by global_scale where there is one."""
+        if self.global_scale is not None:
+            return divide(jnp.asarray(self.scale), jnp.asarray(self.global_scale))
         return self.scale if self.tensor_scale is None else self.scale * self.tensor_scale
 
 
@@ -306,6 +311,8 @@ def check_qparams(qparams: QParams, spec: QuantSpec, x: jax.Array, caller: str) 
         fields.append(("amax", qparams.amax, wanted))
     if qparams.tensor_scale is not None:
         fields.append(("tensor_scale", qparams.tensor_scale, ()))
+    if qparams.global_scale is not None:
+        fields.append(("global_scale", qparams.global_scale, ()))
     for name, array, shape in fields:
         if array.shape != shape:
             raise ValueError(

@@ -32,7 +32,7 @@ class QTensor:
         `Int` format, bit patterns of a `Float`, indices of a `Codebook`.
       * `scale` (float32) and `zero_point` (int32, float32 under `float_zero_point`) have the shape of the statistic: `()` per
         tensor, `(codes.shape[axis],)` per channel, and so on.
-      * `tensor_scale` and `amax` are None but for NVFP4 and ModelOpt; see `QParams`.
+      * `tensor_scale`, `amax` and `global_scale` are None but for NVFP4, ModelOpt and compressed-tensors' NVFP4; see `QParams`.
       * The tensor it stands for is `(q - zero_point) · scale`, q being `values()`, which `dequantize()` returns.
     """
 
@@ -42,6 +42,7 @@ class QTensor:
     spec: QuantSpec = dataclasses.field(metadata={"static": True})
     tensor_scale: jax.Array | None = None
     amax: jax.Array | None = None
+    global_scale: jax.Array | None = None
 
     @staticmethod
     def of(codes: jax.Array, qparams: QParams, spec: QuantSpec) -> QTensor:
@@ -54,6 +55,7 @@ class QTensor:
             spec,
             qparams.tensor_scale,
             qparams.amax,
+            qparams.global_scale,
         )
 
     @property
@@ -64,7 +66,7 @@ class QTensor:
     @property
     def qparams(self) -> QParams:
         """Scale and zero_point together."""
-        return QParams(self.scale, self.zero_point, self.tensor_scale, self.amax)
+        return QParams(self.scale, self.zero_point, self.tensor_scale, self.amax, self.global_scale)
 
     def values(self) -> jax.Array:
         """The numbers that the codes stand for before they are scaled, as float32: `q` of the law."""
@@ -102,7 +104,8 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.Array 
     Where a library leaves a code undefined or keeps NaN, the table says what it is here; docs/conventions.md says which.
 
     Codes of a `Float` or a `Codebook` are the nearest number of the format to `x / scale`, NaN as the format has it. Of NVFP4
-    that is `x · ((1 / tensor_scale) / scale)`, as torchao computes it. In a block format a NaN spoils the scale of its block,
+    that is `x · ((1 / tensor_scale) / scale)`, as torchao computes it, and `x / (scale / global_scale)` where there is a
+    global_scale, as in compressed-tensors. In a block format a NaN spoils the scale of its block,
     and so the block.
 
     "torchao", "compressed_tensors", "brevitas" and "torch_decomposed" (token, group) round after every operation to the dtype
@@ -153,7 +156,7 @@ def quantize_with_mask(
     check_spec(spec, caller)
     scale, point = map(jnp.asarray, qparams)
     dtype = _op_dtype(x, scale, spec)
-    qparams = QParams(scale.astype(jnp.float32), point, qparams.tensor_scale, qparams.amax)
+    qparams = dataclasses.replace(qparams, scale=scale.astype(jnp.float32), zero_point=point)
     check_qparams(qparams, spec, x, caller)
     bits = random_bits(key, x.shape, spec.rounding, caller)
     scaled = _scaled(x.astype(jnp.float32), qparams, spec, dtype, caller)
@@ -216,6 +219,8 @@ def _op_dtype(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jnp.dtype:
 def _scaled(x: jax.Array, qparams: QParams, spec: QuantSpec, dtype: jnp.dtype, caller: str) -> jax.Array:
     """`x / scale`, as the convention computes it."""
     scaling, scale, rule = spec.row.scaling, qparams.scale, spec.effective_scale_rule
+    if qparams.global_scale is not None:
+        return round_to_dtype(divide(x, expand(qparams.step, spec.granularity, x.shape, caller)), dtype)
     if qparams.tensor_scale is not None:
         inv = divide(jnp.broadcast_to(1.0 / qparams.tensor_scale, scale.shape), scale)
     elif qparams.amax is not None:
@@ -280,7 +285,8 @@ def _low_32_bits(whole: jax.Array) -> jax.Array:
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Turn codes back into reals: `(codes - zero_point) · scale`, in float32, then cast.
 
-    Codes of a `Float` or a `Codebook` stand for their numbers. NVFP4's scale is `scale · tensor_scale`, rounded once before.
+    Codes of a `Float` or a `Codebook` stand for their numbers. NVFP4's scale is `scale · tensor_scale`, or
+    `scale / global_scale` of compressed-tensors, rounded once before.
     ModelOpt divides by `quant_max / amax`. With `float_zero_point`, "torch_fake" subtracts and multiplies in float64 and rounds
     once, as torch's kernel does.
 
@@ -304,7 +310,7 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"dequantize: dtype must be floating point, got {jnp.dtype(dtype)}.")
     spec, shape = q.spec, q.codes.shape
-    step = QParams(jnp.asarray(q.scale).astype(jnp.float32), q.zero_point, q.tensor_scale, q.amax).step
+    step = dataclasses.replace(q.qparams, scale=jnp.asarray(q.scale).astype(jnp.float32)).step
     scale = expand(step, spec.granularity, shape, "dequantize")
     if not isinstance(spec.format, Int):
         if q.amax is not None:

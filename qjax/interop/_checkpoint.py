@@ -10,6 +10,10 @@ import numpy as np
 
 from qjax import containers
 from qjax._quantize import QTensor
+from qjax.containers._errors import quoted
+from qjax.interop._compressed import Compressed
+from qjax.interop._compressed import join as join_compressed
+from qjax.interop._deferred import Deferred
 from qjax.interop._dialects import Contents, recognise
 from qjax.interop._frozen import join_frozen
 from qjax.interop._packed import unpack_script
@@ -27,18 +31,21 @@ class Checkpoint(Mapping[str, Any]):
     """What a checkpoint holds, by name: QTensor, numpy array or scalar. Read-only; made by `load`.
 
     Names are the file's own keys, except that a quantized Linear's packed tuple `fc._packed_params._packed_params` is
-    unpacked to `fc.weight` and `fc.bias`, and the script objects of a dynamic LSTM, GRU or cell to `weight_ih`, `weight_hh`,
-    `bias_ih` and `bias_hh` of `lstm._all_weight_values.0` and so on, or of the cell.
+    unpacked to `fc.weight` and `fc.bias`, the script objects of a dynamic LSTM, GRU or cell to `weight_ih`, `weight_hh`,
+    `bias_ih` and `bias_hh` of `lstm._all_weight_values.0` and so on, or of the cell; and that the parts of a weight of
+    compressed-tensors or of torchao's safetensors are one tensor, `fc.weight`. Codes that compressed-tensors packs are unpacked
+    when they are asked for, each time anew: opening a file reads none of them.
 
     Attributes:
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
-      dialect: What wrote it, recognised by its keys: `"pt2e"`, `"torchao"`, `"qat_prepared"` (fake-quantization), `"prepared"`
-        (observers), `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"` where all that is quantized is so at
-        run time; or `"plain"` where nothing of quantization was recognised.
+      dialect: What wrote it, recognised by its keys: `"pt2e"`, `"compressed_tensors"`, `"torchao"`, `"qat_prepared"`
+        (fake-quantization), `"prepared"` (observers), `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"`
+        where all that is quantized is so at run time; or `"plain"` where nothing of quantization was recognised.
       packed: The modules whose weight and bias were unpacked.
       subclasses: Of torchao's tensor subclasses: the tensor's name to the class and how that quantizes activations.
       program: What the code in the file says of quantization; None where there is no code.
+      compressed: What of compressed-tensors was found; None where nothing was.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Checkpoint(Mapping[str, Any]):
         packed: Iterable[str] = (),
         subclasses: Mapping[str, tuple[str, Any]] | None = None,
         program: Program | None = None,
+        compressed: Compressed | None = None,
     ) -> None:
         self._tensors = dict(tensors)
         self.path = path
@@ -59,12 +67,25 @@ class Checkpoint(Mapping[str, Any]):
         self.packed = frozenset(packed)
         self.subclasses = dict(subclasses or {})
         self.program = program
+        self.compressed = compressed
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self._tensors[name]
+            value = self._tensors[name]
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}; it has {', '.join(self._tensors)}") from None
+        if not isinstance(value, Deferred):
+            return value
+        try:
+            return value.tensor()
+        except containers.FormatError as error:
+            error.locate(file=self.path, place=f"tensor {quoted(name)}")
+            raise
+
+    @property
+    def contents(self) -> Contents:
+        """What the dialects read; tensors that are unpacked when they are asked for are not."""
+        return Contents(self._tensors, self.metadata, self.packed, self.subclasses, self.program, self.compressed)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -81,7 +102,8 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
 
     Args:
       path: A file that `torch.save` wrote, or a safetensors file, or the index or the folder of a sharded checkpoint: a
-        state dict, possibly nested. Or a `.pt2` file of `torch.export.save`. Or the bytes of a file.
+        state dict, possibly nested. Or a `.pt2` file of `torch.export.save`. Or the bytes of a file. Of compressed-tensors
+        give the folder: its config.json says what the tensors mean.
       limits: Bounds on what is read.
 
     Returns:
@@ -131,6 +153,7 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
         program = program or join_frozen(tensors)
         for tensor, made in _subclasses(tensors, container.metadata).items():
             subclasses[tensor] = made.kind, made.activation
+        compressed = join_compressed(tensors, container.metadata)
     except containers.FormatError as error:
         error.locate(file=name)
         raise
@@ -139,10 +162,11 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
         tensors,
         path=name,
         metadata=metadata,
-        dialect=recognise(Contents(tensors, metadata, frozenset(packed), subclasses, program)),
+        dialect=recognise(Contents(tensors, metadata, frozenset(packed), subclasses, program, compressed)),
         packed=packed,
         subclasses=subclasses,
         program=program,
+        compressed=compressed,
     )
 
 

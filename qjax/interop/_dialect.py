@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qjax._spec import QuantSpec
 from qjax.interop._points import QuantPoint
 from qjax.interop._program import Program
 from qjax.recipes._torch import Engine
+
+if TYPE_CHECKING:
+    from qjax.interop._compressed import Compressed
 
 
 class Contents(NamedTuple):
@@ -20,10 +23,12 @@ class Contents(NamedTuple):
     packed: frozenset[str]  # modules whose weight and bias were unpacked
     subclasses: Mapping[str, tuple[str, Any]]  # of torchao: tensor → class, how it quantizes activations
     program: Program | None = None  # what the code in the file says of quantization
+    compressed: Compressed | None = None  # of compressed-tensors: config, modules
 
     def claims(self, name: str) -> bool:
-        """Whether the program says what a tensor means: it is then no other dialect's."""
-        return self.program is not None and name in self.program.claimed
+        """Whether the program or compressed-tensors says what a tensor means: it is then no other dialect's."""
+        modules = () if self.compressed is None else self.compressed.modules
+        return (self.program is not None and name in self.program.claimed) or split(name)[0] in modules
 
     def version(self, module: str) -> int | None:
         """The version of a module's layout; None where the file has none."""

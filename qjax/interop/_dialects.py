@@ -9,6 +9,7 @@ import numpy as np
 from qjax import containers
 from qjax._spec import QuantSpec
 from qjax.interop._dialect import Assumptions, Contents, Dialect, split
+from qjax.interop._dialect_compressed import CompressedTensors
 from qjax.interop._dialect_dynamic import EagerDynamic
 from qjax.interop._dialect_fx import FxReference, FxStatic
 from qjax.interop._dialect_prepared import Prepared
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DIALECTS: tuple[Dialect, ...] = (
     FromProgram("pt2e"),
     FromProgram("torchscript"),
+    CompressedTensors(),
     Torchao(),
     QatPrepared(),
     Prepared(),
@@ -77,7 +79,7 @@ def points(
       [('weight', '0.125', 'file'), ('input', 'None', 'unknown'), ('output', '0.25', 'file')]
     """
     scheme_of_engine(engine, "points")
-    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses, checkpoint.program)
+    contents = checkpoint.contents
     assume = Assumptions(engine=engine, activation=activation, weight=weight)
     _check_histograms(contents, checkpoint.path)
     found: list[QuantPoint] = []

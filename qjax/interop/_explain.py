@@ -17,6 +17,7 @@ from qjax._quantize import QTensor
 from qjax.interop._answer import NO_ANSWER, Answer, answer, law_of
 from qjax.interop._checkpoint import Checkpoint
 from qjax.interop._code_statistics import CodeStatistics, code_statistics
+from qjax.interop._deferred import Deferred
 from qjax.interop._dialect import Contents, member, split
 from qjax.interop._dialect_dynamic import is_dynamic_module
 from qjax.interop._dialect_prepared import OBSERVER
@@ -87,12 +88,12 @@ class Point:
         return self.quant.axis
 
     @property
-    def quant_min(self) -> int | None:
+    def quant_min(self) -> float | None:
         """The smallest code in use."""
         return self.quant.quant_min
 
     @property
-    def quant_max(self) -> int | None:
+    def quant_max(self) -> float | None:
         """The largest code in use."""
         return self.quant.quant_max
 
@@ -112,7 +113,7 @@ class Point:
         spec = self.quant.spec
         if self.quant_min is None or self.quant_max is None or (spec is not None and not isinstance(spec.format, Int)):
             return None
-        return self.quant_max - self.quant_min + 1
+        return int(self.quant_max - self.quant_min) + 1
 
     @property
     def source(self) -> str:
@@ -190,7 +191,7 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
     """
     wanted = _pattern(ops)
     table = points_of(checkpoint, **assume)
-    contents = Contents(checkpoint, checkpoint.metadata, checkpoint.packed, checkpoint.subclasses, checkpoint.program)
+    contents = checkpoint.contents
     stages = _stages(table, contents)
     known: list[Point] = []
     unknown: list[QuantPoint] = []
@@ -206,12 +207,14 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
     floats: list[tuple[str, tuple[int, ...], str]] = []
     unread: list[tuple[str, str]] = []
     qparams = _qparam_keys(table) | {member(op, name) for op, _ in notes for name in ("scale", "zero_point")}
-    for name, value in checkpoint.items():
+    for name, value in contents.tensors.items():
         if name in quantized or name in qparams or not wanted.search(name) or _is_statistic(name):
             continue
         if isinstance(value, np.ndarray):
             floats.append((name, value.shape, str(value.dtype)))
-        elif not isinstance(value, QTensor) and not (name.endswith("dtype") and isinstance(value, containers.Global)):
+        elif not isinstance(value, QTensor | Deferred) and not (
+            name.endswith("dtype") and isinstance(value, containers.Global)
+        ):
             unread.append((name, kind_of(value)))
     return Explanation(
         checkpoint.path,

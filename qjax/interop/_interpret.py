@@ -139,7 +139,7 @@ def limits_of(point: QuantPoint) -> tuple[int, int]:
     if match is None:
         assert point.quant_min is not None
         assert point.quant_max is not None
-        return point.quant_min, point.quant_max
+        return int(point.quant_min), int(point.quant_max)
     bits = int(match[2])
     unsigned = bool(match[1])
     return (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -18,6 +18,7 @@ from rich.text import Text
 from qjax._granularity import PerChannel
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
+from qjax.interop._deferred import Deferred
 from qjax.interop._text import printable, span
 from qjax.interop._torch_tensors import torch_dtype
 
@@ -54,8 +55,8 @@ class QuantPoint:
         str | None
     )  # torch's name of the codes, such as "qint8"; "float16" where values are rounded and have no codes
     scheme: str | None  # torch's name, such as "per_channel_symmetric"; None where there is no scale
-    quant_min: int | None
-    quant_max: int | None
+    quant_min: float | None  # a whole number but for some floats
+    quant_max: float | None
     axis: int | None  # of the channels; None per tensor
     scale: np.ndarray | None  # floats, (), (channels,), or one a block; None where not known
     zero_point: np.ndarray | None  # the same shape; integers but for float_qparams
@@ -178,7 +179,7 @@ def _table(points: Sequence[QuantPoint], notes: dict[str, int]) -> Table:
     return table
 
 
-def tensor_point(op: str, name: str, q: QTensor, *, role: Role = "weight") -> QuantPoint:
+def tensor_point(op: str, name: str, q: QTensor | Deferred, *, role: Role = "weight") -> QuantPoint:
     """The point of a quantized tensor that the file holds."""
     granularity = q.spec.granularity
     axis = granularity.axes[0] if isinstance(granularity, PerChannel) else None
@@ -187,8 +188,8 @@ def tensor_point(op: str, name: str, q: QTensor, *, role: Role = "weight") -> Qu
         role=role,
         dtype=torch_dtype(q.spec),
         scheme=scheme_of(q.spec),
-        quant_min=int(q.spec.format.quant_min),
-        quant_max=int(q.spec.format.quant_max),
+        quant_min=_whole(q.spec.format.quant_min),
+        quant_max=_whole(q.spec.format.quant_max),
         axis=axis,
         scale=np.asarray(q.scale),
         zero_point=np.asarray(q.zero_point),
@@ -212,12 +213,16 @@ def range_point(op: str, role: Role, spec: QuantSpec, **fields: Any) -> QuantPoi
         role=role,
         dtype=torch_dtype(spec),
         scheme=scheme_of(spec),
-        quant_min=int(spec.quant_min),
-        quant_max=int(spec.quant_max),
+        quant_min=_whole(spec.quant_min),
+        quant_max=_whole(spec.quant_max),
         axis=axis,
         **{"scale": None, "zero_point": None, **fields},
         spec=spec,
     )
+
+
+def _whole(limit: float) -> float:
+    return int(limit) if limit == int(limit) else limit
 
 
 def scheme_of(spec: QuantSpec) -> str:

@@ -125,8 +125,8 @@ def qtensor(
     symmetric = not bool(np.any(point.zero_point)) and point.quant_min < 0
     found = spec_of(
         point.dtype,
-        point.quant_min,
-        point.quant_max,
+        int(point.quant_min),
+        int(point.quant_max),
         symmetric=symmetric,
         granularity=granularity,
         convention="torch_decomposed",

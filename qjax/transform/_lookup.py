@@ -86,7 +86,7 @@ class Lookup:
             if scale.size == 1:
                 scale, zero_point = (each.reshape((1,) * len(blocks)) for each in (scale, zero_point))
         spec = spec.replace(granularity=granularity)
-        return QTensor(codes, scale, zero_point, spec, table.tensor_scale, pick(table.amax))
+        return QTensor(codes, scale, zero_point, spec, table.tensor_scale, pick(table.amax), table.global_scale)
 
     def _pick(
         self,

@@ -116,5 +116,5 @@ def transposed(
         scale, zero_point = move(qparams.scale), move(qparams.zero_point)
         assert scale is not None
         assert zero_point is not None
-        qparams = QParams(scale, zero_point, qparams.tensor_scale, move(qparams.amax))
+        qparams = QParams(scale, zero_point, qparams.tensor_scale, move(qparams.amax), qparams.global_scale)
     return qparams, spec.replace(granularity=granularity)
