@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qjax", description="Look into quantized checkpoints, without torch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inspect(commands)
+    _add_compare(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
@@ -94,6 +95,34 @@ def _outputs(checkpoint: interop.Checkpoint, arguments: argparse.Namespace) -> s
         save_floats(arguments.save, codes, point)
         text += f"Written to {arguments.save}: float32 {list(np.shape(codes))}\n"
     return text
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare two checkpoints point by point",
+        description="Say which quantization points of two files differ, by how much, and the likely reason.",
+        epilog="Exit status, as diff has it: 0 where they are equal, 1 where they differ, 2 for wrong usage and for files that "
+        "cannot be read.",
+    )
+    for name in ("a", "b"):
+        compare.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a checkpoint, as inspect takes it, or a program that IntegerProgram.save wrote",
+        )
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    compare.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    try:
+        comparison = interop.compare(arguments.a, arguments.b)
+    except _EXPECTED as error:
+        print(f"qjax compare: {error}", file=sys.stderr)
+        return 2
+    text = comparison.to_json() + "\n" if arguments.json else _rendered(comparison.render)
+    return _print(text, 0 if comparison.equal else 1)
 
 
 def _rendered(render: Callable[..., str]) -> str:

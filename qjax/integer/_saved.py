@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax._qparams import QParams
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.containers import FormatError, Limits
@@ -23,6 +24,7 @@ from qjax.containers._source import Source, label, open_source
 from qjax.containers._zip_reader import ZipRecords, read_directory
 from qjax.containers._zip_writer import ZipWriter
 from qjax.integer import _tree
+from qjax.integer._held import held, read_held
 from qjax.transform._prepare import shapes_of
 from qjax.transform._recipe_json import read_spec, write_spec
 
@@ -70,6 +72,7 @@ def save(program: Any, path: str | os.PathLike[str], args: Sequence[Any], platfo
         "inputs": [inputs, [_write_shape(shape) for shape in shapes]],
         "specs": {key: write_spec(spec) for key, spec in specs.items()},
         "fields": list(_FIELDS),
+        "held": held(program),
         **{
             name: {
                 "results": [results[name], [_write_shape(shape) for shape in one.out_avals]],
@@ -142,6 +145,7 @@ class SavedProgram:
         self._arrays = arrays
         self._exported = exported
         self._specs = {key: read_spec(value, f"specs[{key!r}]") for key, value in header["specs"].items()}
+        self._held = read_held(header.get("held"), arrays)
 
     def __call__(self, *args: Any) -> Any:
         """Evaluate the program on arguments of the shapes that it was saved for."""
@@ -154,6 +158,16 @@ class SavedProgram:
             key: QTensor(spec=self._specs[key], **dict(zip(_FIELDS, fields, strict=True)))
             for key, fields in found.items()
         }
+
+    @property
+    def weights(self) -> dict[str, QTensor]:
+        """The codes of each weight, unpacked, as `IntegerProgram.weights` has them."""
+        return {name: weight.tensor() for name, weight in self._held.weights.items()}
+
+    @property
+    def points(self) -> dict[str, tuple[QuantSpec, QParams]]:
+        """Spec and qparams of each quantization point, as `IntegerProgram.points` has them."""
+        return dict(self._held.points)
 
     @property
     def nbytes(self) -> int:

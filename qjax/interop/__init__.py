@@ -2,8 +2,10 @@
 
 from qjax.interop._answer import Answer, output_point
 from qjax.interop._checkpoint import Checkpoint, load, save
+from qjax.interop._compare import Comparison, compare
 from qjax.interop._derive import torch_modules
 from qjax.interop._dialects import points
+from qjax.interop._differences import PointDifference
 from qjax.interop._eager_static import eager_static
 from qjax.interop._explain import Explanation, Point, explain
 from qjax.interop._findings import Finding
@@ -27,6 +29,7 @@ from qjax.interop._write_prepared import ptq_prepared, qat_prepared
 __all__ = [
     "Answer",
     "Checkpoint",
+    "Comparison",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -40,10 +43,12 @@ __all__ = [
     "Linear",
     "Origin",
     "Point",
+    "PointDifference",
     "PointTable",
     "PreparedState",
     "QuantPoint",
     "TorchModule",
+    "compare",
     "eager_static",
     "explain",
     "interpret",

@@ -13,6 +13,12 @@ from qjax.interop._text import minus, some
 _FLOAT = "No module stores the qparams of an output: activations are float, or quantized at run time and turned back at once."
 
 
+_NO_GRAPH = (
+    "What integer outputs mean cannot be known from this file: PT2E holds the qparams of activations in its graph, which a "
+    "state dict has not. Save the program with torch.export.save. As PT2E makes it, it returns floats."
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
     """What the model's integer outputs mean.
@@ -47,6 +53,8 @@ def answer(points: Sequence[QuantPoint], dialect: str) -> Answer:
     last = outputs[-1] if outputs else -1
     if broken and broken[-1] > last and points[broken[-1]].op not in {points[i].op for i in outputs}:
         return Answer(_unknown(points[broken[-1]]))
+    if dialect == "pt2e" and not outputs:
+        return Answer(_NO_GRAPH)
     if not outputs:
         return Answer(f"{_FLOAT} What the model returns is float.")
     point = points[last]
@@ -55,6 +63,9 @@ def answer(points: Sequence[QuantPoint], dialect: str) -> Answer:
     if dialect in ("prepared", "qat_prepared"):
         text = f"Until convert() the model computes in floats, and returns floats. After it, {which} means: {law}"
         return Answer(f"{text}, where it is the last to run.", point)
+    if dialect == "pt2e":
+        text = f"A graph of PT2E turns codes into floats before it returns them. Those of {which} mean: {law}."
+        return Answer(text, point)
     if dialect.startswith("fx"):
         end = "An FX graph turns what it returns back into these reals, unless it was converted with output_quantized_idxs."
         return Answer(f"{which[0].upper()}{which[1:]} means: {law}, where it is the last to run. {end}", point)
@@ -82,7 +93,7 @@ def output_point(checkpoint: Checkpoint, op: str | None = None) -> QuantPoint:
     """
     table = points_of(checkpoint)
     if op is None:
-        found = answer(table.points, table.dialect)
+        found = answer(table.points if checkpoint.program is None else checkpoint.program.points, table.dialect)
         if found.point is None:
             raise ValueError(f"{checkpoint.path}: {found.text} Name another module's output by op.")
         return found.point

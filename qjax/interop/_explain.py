@@ -22,6 +22,7 @@ from qjax.interop._dialect import Contents, member, split
 from qjax.interop._dialect_dynamic import is_dynamic_module
 from qjax.interop._dialect_prepared import OBSERVER
 from qjax.interop._dialects import points as points_of
+from qjax.interop._differences import PointDifference, difference
 from qjax.interop._explain_table import render
 from qjax.interop._findings import AFTER, STATIC_LINEAR, TRAINING, Finding, dead_channels, findings
 from qjax.interop._outputs import is_dynamic, module_outputs
@@ -30,6 +31,9 @@ from qjax.interop._torch_tensors import kind_of
 
 _PLACEHOLDER = "dynamic: its scale 1 and zero_point 0 in the file are placeholders, and its outputs are floats"
 _AMBIGUOUS = "its scale 1 and zero_point 0 say that it is dynamic, or that it is static and was never calibrated"
+_OBSERVED_AGAIN = (
+    "convert() shows the weight to the observer once more, which moves its range, and may have another scale rule"
+)
 _BESIDE = ("zero_point", "axis", "qscheme", "dtype")
 _NO_LAW = "the model was converted before its observers saw data, or the file is damaged"
 _LISTED = 2**16  # numbers of a scale that JSON lists; of more it says the range
@@ -138,6 +142,7 @@ class Explanation:
     notes: tuple[tuple[str, str], ...] = ()  # (module, why) of outputs whose scale and zero_point are no law
     unknown: tuple[QuantPoint, ...] = ()  # points whose qparams the file does not hold, with the reason
     findings: tuple[Finding, ...] = ()  # what its owner should know
+    differences: tuple[PointDifference, ...] = ()  # of QAT: what it trains with, and what convert() would give
     answer: Answer = NO_ANSWER  # what the model's integer outputs mean
 
     def to_json(self) -> str:
@@ -150,6 +155,10 @@ class Explanation:
             "unread": self.unread,
             "notes": self.notes,
             "unknown": [{"op": p.op, "role": p.role, "reason": p.qparams_from.detail} for p in self.unknown],
+            "differences": [
+                {"op": d.op, "role": d.role, "effect": d.effect, "ulps": d.ulps, "ratio": d.ratio, "reason": d.reason}
+                for d in self.differences
+            ],
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "answer": self.answer.text,
         }
@@ -192,7 +201,7 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
     wanted = _pattern(ops)
     table = points_of(checkpoint, **assume)
     contents = checkpoint.contents
-    stages = _stages(table, contents)
+    stages = stages_of(table, contents)
     known: list[Point] = []
     unknown: list[QuantPoint] = []
     for quant, stage in zip(table, stages, strict=True):
@@ -206,9 +215,11 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
     notes = tuple(_notes(table, contents))
     floats: list[tuple[str, tuple[int, ...], str]] = []
     unread: list[tuple[str, str]] = []
+    if checkpoint.program is not None:
+        quantized |= checkpoint.program.claimed
     qparams = _qparam_keys(table) | {member(op, name) for op, _ in notes for name in ("scale", "zero_point")}
     for name, value in contents.tensors.items():
-        if name in quantized or name in qparams or not wanted.search(name) or _is_statistic(name):
+        if name in quantized or name in qparams or not wanted.search(name) or is_statistic(name):
             continue
         if isinstance(value, np.ndarray):
             floats.append((name, value.shape, str(value.dtype)))
@@ -225,8 +236,25 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
         tuple((op, why) for op, why in notes if wanted.search(op)),
         tuple(unknown),
         findings(known, unknown, contents),
-        answer(table.points, checkpoint.dialect),
+        tuple(_of_training(known)),
+        answer(checkpoint.program.points if checkpoint.program is not None else table.points, checkpoint.dialect),
     )
+
+
+def _of_training(points: Sequence[Point]) -> Iterator[PointDifference]:
+    """How the two points of QAT differ."""
+    buffers: dict[tuple[str, str], Point] = {}
+    for point in points:
+        key = point.op, point.role
+        if point.stage == TRAINING:
+            buffers[key] = point
+        elif point.stage == AFTER and key in buffers:
+            name = f"{point.op or 'the model'} {point.role}"
+            found = difference(name, buffers[key].quant, point.quant, (None, None))
+            if found is not None and found.reason.startswith("another range of the weight"):
+                found = dataclasses.replace(found, reason=_OBSERVED_AGAIN)
+            if found is not None:
+                yield found
 
 
 def _pattern(ops: str | None) -> re.Pattern[str]:
@@ -236,7 +264,7 @@ def _pattern(ops: str | None) -> re.Pattern[str]:
         raise ValueError(f"explain: ops must be a regular expression, got {ops!r}: {error}.") from error
 
 
-def _stages(table: Sequence[QuantPoint], contents: Contents) -> list[str]:
+def stages_of(table: Sequence[QuantPoint], contents: Contents) -> list[str]:
     """QAT has two points of an op and role: the buffers, and what convert() would give."""
     buffers: set[tuple[str, str]] = set()
     found: list[str] = []
@@ -265,7 +293,7 @@ def _qparam_keys(table: Sequence[QuantPoint]) -> set[str]:
     return found - {point.tensor for point in table if point.tensor is not None}
 
 
-def _is_statistic(name: str) -> bool:
+def is_statistic(name: str) -> bool:
     """Whether it is a buffer of an observer or of a fake-quantization."""
     return any(part == "weight_fake_quant" or part.startswith(OBSERVER) for part in name.split(".")[:-1])
 

@@ -17,6 +17,7 @@ from qjax.interop._statistics import NO_DATA
 from qjax.interop._text import printable, some, span
 
 if TYPE_CHECKING:
+    from qjax.interop._differences import PointDifference
     from qjax.interop._explain import Explanation, Point
 
 _WIDEST = 100_000  # a terminal's line is cut or scrolled there, never folded
@@ -42,7 +43,7 @@ def render(explanation: Explanation, *, width: int, color: bool, wide: bool) -> 
         lines += _wrapped(f"{note}.", width)
     for note, number in notes.items():
         lines += _wrapped(f"[{number}] {note}", width, "    ")
-    for text in _remarks(explanation):
+    for text in (*_of_training(explanation), *_remarks(explanation)):
         lines += _wrapped(text, width)
     for finding in explanation.findings:
         lines += _wrapped(f"! {finding.found}", width, "  ", color=color)
@@ -79,6 +80,20 @@ def _remarks(explanation: Explanation) -> Iterable[str]:
         yield f"Not interpreted: {name}: {what}"
     if len(explanation.unread) > _PLACES:
         yield f"Not interpreted: {len(explanation.unread) - _PLACES} more"
+
+
+def _of_training(explanation: Explanation) -> Iterable[str]:
+    """How what QAT trains with differs from what convert() gives."""
+    found: dict[str, list[PointDifference]] = {}
+    for each in explanation.differences:
+        found.setdefault(each.reason, []).append(each)
+    for reason, each in found.items():
+        most = max(difference.effect for difference in each)
+        names = some([difference.name for difference in each], 4)
+        yield f"In training (A) and after convert() (B) differ, by up to {most:.3g} steps: {names}: {reason}."
+    pairs = sum(point.stage == "after convert()" for point in explanation.points)
+    if pairs and not found:
+        yield "In training and after convert() the qparams are the same."
 
 
 def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -135,12 +150,18 @@ def origins(point: QuantPoint) -> list[str]:
     """What is to be said of where the numbers came from; nothing where they stand in the file under the module's own name."""
     found: list[str] = []
     origin = point.qparams_from
-    if not (origin.kind == "file" and " " not in origin.detail):
-        kind = {"run_time": "At run time: ", "graph": "A literal of the graph: "}.get(origin.kind, "")
-        found.append(f"{kind}{origin.detail}")
+    if origin.kind == "graph":
+        found.append("Literals of the graph; --wide says of which nodes")
+    elif not (origin.kind == "file" and " " not in origin.detail):
+        found.append(f"At run time: {origin.detail}" if origin.kind == "run_time" else origin.detail)
     if point.codes_from.kind in ("assumed", "observer"):
         found.append(f"Codes: {point.codes_from.detail}")
     return found
+
+
+def _whence(point: QuantPoint) -> str:
+    found = f"{point.qparams_from.kind.replace('_', ' ')}: {point.qparams_from.detail}"
+    return f"{found}; codes: {point.codes_from.detail}" if point.codes_from.kind in ("assumed", "observer") else found
 
 
 def _wide_table(points: Iterable[Point]) -> Table:
@@ -169,6 +190,6 @@ def _wide_table(points: Iterable[Point]) -> Table:
             ""
             if point.channels is None or point.statistics is None
             else f"{len(point.dead_channels)}/{point.channels}",
-            Text(printable("; ".join(origins(quant)) or f"file: {quant.qparams_from.detail}")),
+            Text(printable(_whence(quant))),
         )
     return table
