@@ -16,9 +16,11 @@ from qjax.interop._compressed import join as join_compressed
 from qjax.interop._deferred import Deferred
 from qjax.interop._dialects import Contents, recognise
 from qjax.interop._frozen import join_frozen
+from qjax.interop._module_tree import Modules, is_module, state_dict_of
 from qjax.interop._packed import unpack_script
 from qjax.interop._program import Program
 from qjax.interop._pt2e import read_models
+from qjax.interop._script import read_script, script_program
 from qjax.interop._torch_tensors import from_node, to_node
 from qjax.interop._torchao import Torchao, from_object, join_safetensors, part_key
 
@@ -39,9 +41,10 @@ class Checkpoint(Mapping[str, Any]):
     Attributes:
       path: Where it was read from.
       metadata: Torch's `_metadata`: module path to `{"version": n}`.
-      dialect: What wrote it, recognised by its keys: `"pt2e"`, `"compressed_tensors"`, `"torchao"`, `"qat_prepared"`
-        (fake-quantization), `"prepared"` (observers), `"fx_reference"`, `"fx_static"`, `"eager_static"`, `"eager_dynamic"`
-        where all that is quantized is so at run time; or `"plain"` where nothing of quantization was recognised.
+      dialect: What wrote it, recognised by its keys: `"pt2e"`, `"torchscript"`, `"compressed_tensors"`, `"torchao"`,
+        `"qat_prepared"` (fake-quantization), `"prepared"` (observers), `"fx_reference"`, `"fx_static"`, `"eager_static"`,
+        `"eager_dynamic"` where all that is quantized is so at run time; or `"plain"` where nothing of quantization was
+        recognised.
       packed: The modules whose weight and bias were unpacked.
       subclasses: Of torchao's tensor subclasses: the tensor's name to the class and how that quantizes activations.
       program: What the code in the file says of quantization; None where there is no code.
@@ -102,17 +105,19 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
 
     Args:
       path: A file that `torch.save` wrote, or a safetensors file, or the index or the folder of a sharded checkpoint: a
-        state dict, possibly nested. Or a `.pt2` file of `torch.export.save`. Or the bytes of a file. Of compressed-tensors
-        give the folder: its config.json says what the tensors mean.
+        state dict, possibly nested, or a module that was saved whole. Or a `.pt2` file of `torch.export.save`, or a
+        TorchScript archive. Or the bytes of a file. Of compressed-tensors give the folder: its config.json says what the
+        tensors mean.
       limits: Bounds on what is read.
 
     Returns:
       A `Checkpoint`. Quantized tensors are `QTensor`s over the file's memory map; scales are float32, as torch's kernels use
-      them.
+      them. Of modules it has what their state dict would have, and the attributes that a state dict loses: the scale and
+      zero_point of a Sigmoid, Softmax, ELU or PReLU. What is of another class stays an inert `containers.Object`.
 
     Raises:
-      containers.FormatError: The file is no checkpoint, is cut short, contradicts itself, or names something outside the
-        allow-list.
+      containers.FormatError: The file is no checkpoint, is cut short, contradicts itself, or names what no model is made of,
+        such as `os.system`.
       OSError: The file cannot be opened.
 
     Examples:
@@ -126,20 +131,14 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
       PyTorch, `torch/serialization.py` and `torch/_utils.py`.
     """
     name = "<bytes>" if isinstance(path, bytes) else os.fspath(path)
-    container = containers.open_container(path, limits=limits)
-    tree = container.tree
-    if container.kind == "torchscript":
+    # Modules that were saved whole are looked into; nothing is imported or called for any name in them.
+    container = containers.open_container(path, limits=limits, objects="inert")
+    tree: Any = container.tree
+    if not isinstance(tree, Mapping) and not is_module(tree):
         raise containers.FormatError(
-            f"a program ({container.kind})",
-            expected="a state dict",
-            mend="Look into it with qjax.containers.open_container, or save the state_dict of the model.",
-            file=name,
-        )
-    if not isinstance(tree, Mapping):
-        raise containers.FormatError(
-            f"an object of type {type(tree).__name__}",
-            expected="a state dict",
-            mend="Save model.state_dict() rather than the model or a single tensor.",
+            f"an object of type {tree.name if isinstance(tree, containers.Object) else type(tree).__name__}",
+            expected="a state dict or a module",
+            mend="Save model.state_dict() rather than a single tensor.",
             file=name,
         )
     tensors: dict[str, Any] = {}
@@ -147,9 +146,20 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
     subclasses: dict[str, tuple[str, Any]] = {}
     program: Program | None = None
     try:
+        metadata = tree.metadata if isinstance(tree, containers.Record) else {}
+        modules: Modules | None = None
         if container.kind == "pt2":
             tree, program = read_models(tree)
+        elif container.kind == "torchscript" and isinstance(tree, containers.Object):
+            tree, modules = read_script(tree, container.metadata)
+        elif isinstance(tree, containers.Object):
+            modules = state_dict_of(tree)
+            tree = modules.tensors
+        if modules is not None:
+            metadata = modules.versions
         _flatten(tree, "", tensors, packed)
+        if container.kind == "torchscript" and modules is not None:
+            program = script_program(modules, container.metadata, tensors)
         program = program or join_frozen(tensors)
         for tensor, made in _subclasses(tensors, container.metadata).items():
             subclasses[tensor] = made.kind, made.activation
@@ -157,7 +167,6 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
     except containers.FormatError as error:
         error.locate(file=name)
         raise
-    metadata = tree.metadata if isinstance(tree, containers.Record) else {}
     return Checkpoint(
         tensors,
         path=name,
@@ -189,6 +198,8 @@ def _subclasses(tensors: dict[str, Any], metadata: Mapping[str, Any]) -> dict[st
 
 
 def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> None:
+    if isinstance(node, containers.Object) and is_module(node):
+        node = state_dict_of(node).tensors
     if isinstance(node, Mapping):
         for key, value in node.items():
             _flatten(value, f"{name}.{key}" if name else str(key), into, packed)

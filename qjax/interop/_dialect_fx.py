@@ -113,6 +113,14 @@ def _reference(key: str, contents: Contents) -> QuantPoint | None:
         if not isinstance(axis, np.ndarray) or axis.size != 1 or axis.dtype.kind not in "iu":
             return None
         granularity = PerChannel(int(axis.item()))
+        weight = contents.tensors.get(name)
+        fits = not isinstance(weight, np.ndarray) or (
+            0 <= axis.item() < weight.ndim and scale.size == weight.shape[int(axis.item())]
+        )
+        if not fits:
+            return None
+    elif scale.size != 1:
+        return None
     real = scheme.name.endswith("float_qparams")
     number_format = _FORMATS[dtype.name]
     symmetric = number_format.signed and not real and not bool(np.any(zero_point))

@@ -68,7 +68,9 @@ def program_point(
     eps: float | None = None,
 ) -> QuantPoint:
     """A point of a program: dtype and range are what the program says, whatever format they make."""
-    found = spec_of(dtype, *limits, symmetric=symmetric, granularity=granularity, convention=convention, eps=eps)
+    found = spec_of(
+        dtype.removeprefix("q"), *limits, symmetric=symmetric, granularity=granularity, convention=convention, eps=eps
+    )
     plain = QuantSpec(Int(8), symmetric=symmetric, granularity=granularity)
     return QuantPoint(
         op=op,

@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax._granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from qjax._quantize import QTensor
-from qjax.containers import FormatError, Parameter
+from qjax.containers import FormatError, Parameter, RawTensor
 from qjax.interop._graph import Graph, Node, at_node
 from qjax.interop._points import Origin, QuantPoint, Role
 from qjax.interop._program import Program, program_point, qtensor
@@ -120,13 +120,16 @@ class _Reader:
             before = None if source is None else self._graph.producer.get(source)
             root = before.tensor("input") if before is not None and _OPS.fullmatch(before.target) else None
             key = None if root is None else self._graph.keys.get(root)
+            if key is not None:
+                self._check(key, node, said)
         role: Role = "input" if key is None else "weight"
         users = [user for name in node.outputs for user, _ in self._graph.users.get(name, ())]
         ops = dict.fromkeys(user.op for user in users if not _OPS.fullmatch(user.target))
         if not ops and role == "weight":
             ops = {node.name: None}
+        held = key is not None and isinstance(self._values.get(key), np.ndarray | RawTensor)
         for op in ops:
-            yield self._point(op, role, node, said, None if key is None else self._prefix + key)
+            yield self._point(op, role, node, said, f"{self._prefix}{key}" if held else None)
 
     def _point(self, op: str, role: Role, node: Node, said: _QParams, tensor: str | None = None) -> QuantPoint:
         return program_point(
@@ -151,13 +154,26 @@ class _Reader:
             qparams_from=Origin("unknown", f"{node.target} is not known here"),
         )  # fmt: skip
 
+    def _check(self, key: str, node: Node, said: _QParams) -> None:
+        """A weight that the graph quantizes has the axis, and as many channels as there are scales."""
+        value = self._values.get(key)
+        if isinstance(value, np.ndarray | RawTensor):
+            wanted = _scale_shape(value.shape, said, node)
+            if said.scale is not None and said.scale.shape != wanted:
+                raise FormatError(
+                    f"a scale of shape {said.scale.shape} for a weight of shape {value.shape}",
+                    expected=f"shape {wanted}",
+                    mend=_MEND,
+                    place=at_node(node.name),
+                )
+
     def _claim(self, key: str, node: Node, said: _QParams) -> None:
         """Put the codes of a tensor and what the graph says about them together."""
         codes = self._values.get(key)
         if key in self.qtensors or not isinstance(codes, np.ndarray):
             return
         point = self._point("", "weight", node, said)
-        made = qtensor(codes, point, said.granularity, _scale_shape(codes, said, node), at_node(node.name))
+        made = qtensor(codes, point, said.granularity, _scale_shape(codes.shape, said, node), at_node(node.name))
         if made is not None:
             self.qtensors[key] = made
             self.claimed.add(key)
@@ -254,32 +270,32 @@ def _granularity(node: Node, kind: str) -> Granularity:
     raise FormatError(f"a quantization {kind}", expected="one that is known here", mend=_MEND, place=at_node(node.name))
 
 
-def _scale_shape(codes: np.ndarray, said: _QParams, node: Node) -> tuple[int, ...]:
+def _scale_shape(shape: tuple[int, ...], said: _QParams, node: Node) -> tuple[int, ...]:
     """The shape that scales must have for these codes."""
     where = said.granularity
     if isinstance(where, PerTensor):
         return ()
     if isinstance(where, PerToken):
-        return codes.shape[:-1]
+        return shape[:-1]
     axis = where.axes[0] if isinstance(where, PerChannel) else -1
-    if not -codes.ndim <= axis < codes.ndim:
+    if not -len(shape) <= axis < len(shape):
         raise FormatError(
-            f"axis {axis} of a tensor of shape {codes.shape}",
+            f"axis {axis} of a tensor of shape {shape}",
             expected="one of its axes",
             mend=_MEND,
             place=at_node(node.name),
         )
     if isinstance(where, PerChannel):
-        return (codes.shape[axis],)
+        return (shape[axis],)
     size = where.size if isinstance(where, PerGroup) else 1
-    if codes.shape[-1] % size:
+    if shape[-1] % size:
         raise FormatError(
-            f"groups of {size} in rows of {codes.shape[-1]}",
+            f"groups of {size} in rows of {shape[-1]}",
             expected="whole groups",
             mend=_MEND,
             place=at_node(node.name),
         )
-    return (*codes.shape[:-1], codes.shape[-1] // size)
+    return (*shape[:-1], shape[-1] // size)
 
 
 def _formula(node: Node, limits: tuple[int, int]) -> tuple[bool, str, float | None]:

@@ -18,6 +18,7 @@ from qjax.containers._errors import quoted
 REBUILD_QTENSOR = "torch._utils._rebuild_qtensor"
 _PER_TENSOR = "torch.per_tensor_affine"
 _PER_CHANNEL = "torch.per_channel_affine"
+_FLOAT_QPARAMS = "torch.per_channel_affine_float_qparams"
 _FORMATS: dict[str, Int] = {"int8": int8, "uint8": uint8, "quint4x2": uint4}
 _TORCH_NAMES = {"int8": "qint8", "uint8": "quint8", "int32": "qint32", "uint4": "quint4x2"}
 _RAW_DTYPES = {
@@ -56,10 +57,12 @@ def _from_rebuild(node: containers.Call, place: str) -> Any:
         scale, zero_point = np.float32(quantizer[1]), np.int32(quantizer[2])
         symmetric = spec.format.signed and int(quantizer[2]) == 0
         return _qtensor(codes, scale, zero_point, spec.replace(symmetric=symmetric), place)
-    if scheme != _PER_CHANNEL:
+    if scheme not in (_PER_CHANNEL, _FLOAT_QPARAMS):
         return node
     scales, zero_points, axis = quantizer[1:]
-    if not jnp.issubdtype(zero_points.dtype, jnp.integer):  # float_qparams are written under the same scheme
+    if not jnp.issubdtype(
+        zero_points.dtype, jnp.integer
+    ):  # but for TorchScript, float_qparams are written as per_channel, too
         spec = spec.replace(granularity=PerChannel(axis), float_zero_point=True, convention="torch_real")
         return _qtensor(codes, np.asarray(scales, np.float32), np.asarray(zero_points, np.float32), spec, place)
     symmetric = spec.format.signed and not bool(np.any(zero_points))

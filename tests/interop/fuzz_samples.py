@@ -12,6 +12,7 @@ import numpy as np
 
 import qjax
 from qjax.containers import Global
+from tests.containers import samples
 
 
 def _qtensor(shape: tuple[int, ...] = (3, 4)) -> qjax.QTensor:
@@ -52,6 +53,13 @@ def hand_made() -> dict[str, bytes]:
         "histogram": {"fc": {"weight": weight, "activation_post_process": histogram}},
         "qat": {"fc": {"weight": weight, "weight_fake_quant": fake, "activation_post_process": fake}},
         "reference": {"fc": reference, "fc_input_scale_0": np.float32(0.1), "fc_input_zero_point_0": np.int64(3)},
+        "frozen": {
+            "fc": {"weight": weight},
+            "_frozen_param0": np.rint(weight * np.float32(100)).astype(np.int8),
+            "_scale_0": np.full(3, 0.01, np.float32),
+            "_zero_point_0": np.zeros(3, np.int64),
+            "activation_post_process_0": {"eps": np.float32([0.1]), "min_val": weight.min(1), "max_val": weight.max(1)},
+        },
     }
     found: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +67,49 @@ def hand_made() -> dict[str, bytes]:
         for name, state in states.items():
             qjax.interop.save(path, state)
             found[name] = path.read_bytes()
-    return found
+    code = b"class Net(Module):\n  def forward(self: __torch__.Net) -> Tensor:\n    _0 = ops.quantized.add(a, b, 0.25, 3)\n"
+    return found | {"pt2": _program(), "script": samples.torchscript(code=code)}
+
+
+def _program() -> bytes:
+    """A `.pt2` file of one linear layer."""
+    codes, scale, zero_point = np.arange(12, dtype=np.int8), np.float32([0.1, 0.2, 0.3]), np.zeros(3, np.int64)
+
+    def meta(index: int, dtype: int, *sizes: int) -> dict[str, object]:
+        strides = [{"as_int": int(np.prod(sizes[i + 1 :], dtype=int))} for i in range(len(sizes))]
+        size = [{"as_int": n} for n in sizes]
+        return samples.payload(f"weight_{index}", dtype=dtype, sizes=size, strides=strides) | {"is_param": False}
+
+    weights = {"_frozen_param0": meta(0, 2, 3, 4), "_scale_0": meta(1, 7, 3), "_zero_point_0": meta(2, 5, 3)}
+
+    def node(name: str, target: str, **inputs: object) -> dict[str, object]:
+        stack = "L__self__,,Net;L__self___fc,fc,torch.nn.modules.linear.Linear"
+        return {
+            "target": f"torch.ops.{target}.default",
+            "inputs": [{"name": key, "arg": value, "kind": 1} for key, value in inputs.items()],
+            "outputs": [{"as_tensor": {"name": name}}],
+            "metadata": {"nn_module_stack": stack},
+            "name": name,
+        }
+
+    def of(name: str) -> dict[str, object]:
+        return {"as_tensor": {"name": name}}
+
+    limits = {"quant_min": {"as_int": -128}, "quant_max": {"as_int": 127}, "dtype": {"as_scalar_type": 2}}
+    literal = {"scale": {"as_float": 0.25}, "zero_point": {"as_int": 3}, **limits}
+    arrays = {"scales": of("b__scale_0"), "zero_points": of("b__zero_point_0"), "axis": {"as_int": 0}, **limits}
+    decomposed = "quantized_decomposed"
+    nodes = [
+        node("w", f"{decomposed}.dequantize_per_channel", input=of("b__frozen_param0"), **arrays),
+        node("q", f"{decomposed}.quantize_per_tensor", input=of("x"), **literal),
+        node("d", f"{decomposed}.dequantize_per_tensor", input=of("q"), **literal),
+        node("linear", "aten.linear", input=of("d"), weight=of("w")),
+        node("y", f"{decomposed}.quantize_per_tensor", input=of("linear"), **literal),
+    ]
+    specs = [{"buffer": {"arg": {"name": f"b_{key}"}, "buffer_name": key}} for key in weights]
+    program = {"graph_module": {"graph": {"nodes": nodes}, "signature": {"input_specs": specs}}}
+    files = {f"data__weights__weight_{i}": array.tobytes() for i, array in enumerate((codes, scale, zero_point))}
+    return samples.pt2({"config": weights}, program, **files)
 
 
 def of_torch() -> dict[str, bytes]:
@@ -80,6 +130,12 @@ def of_torch() -> dict[str, bytes]:
     for name, model in _torch_models(torch).items():
         # The model lives as long as its state dict is used: torch's packed embeddings share its memory.
         add(f"torch {name}", lambda file, model=model: torch.save(model.state_dict(), file))
+        if name in ("static", "dynamic"):
+            add(f"torch {name} module", lambda file, model=model: torch.save(model, file))
+        if name == "static":
+            x = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
+            add("torch traced", lambda file, model=model, x=x: torch.jit.save(torch.jit.trace(model, x), file))
+            add("torch script", lambda file, model=model: torch.jit.save(torch.jit.script(model), file))
     try:
         import torchao.quantization as torchao
     except ImportError:

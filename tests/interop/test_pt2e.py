@@ -342,3 +342,29 @@ def test_two_models_and_ops_that_are_not_known(made):
     unknown = [point for point in found.points if point.qparams_from.kind == "unknown"]
     assert [point.op for point in unknown] == ["a.quantize_per_tensor"]
     assert "mine.quantize_oddly" in unknown[0].qparams_from.detail
+
+
+def test_weights_that_stay_float(tmp_path):
+    """With fold_quantize=False the graph quantizes the float weight each time it runs."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.export.export(torch.nn.Sequential(torch.nn.Linear(4, 3)).eval(), (torch.ones(2, 4),)).module()
+        prepared = prepare_pt2e(graph, quantizer("x86", False, False))
+        prepared(torch.randn(2, 4))
+        exported = torch.export.export(convert_pt2e(prepared, fold_quantize=False), (torch.ones(2, 4),))
+        torch.export.save(exported, tmp_path / "a.pt2")
+    checkpoint = qjax.interop.load(tmp_path / "a.pt2")
+    (point,) = qjax.interop.points(checkpoint).of("0", "weight")
+    assert point.tensor == "0.weight"
+    weight = checkpoint["0.weight"]
+    ours = qjax.quantize(weight, qjax.QParams(point.scale, point.zero_point), point.spec)
+    node = next(n for n in exported.graph.nodes if "quantize_per_channel.default" in str(n.target))
+    theirs = DECOMPOSED.quantize_per_channel(
+        torch.from_numpy(np.array(weight)),
+        torch.tensor(point.scale),
+        torch.tensor(point.zero_point),
+        *node.args[3:],
+    )
+    np.testing.assert_array_equal(np.asarray(ours.codes), theirs.numpy())
+    qjax.interop.explain(checkpoint).render()

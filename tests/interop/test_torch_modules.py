@@ -1,133 +1,282 @@
-"""Weights laid out for torch: torch's float modules compute with them what the op computes here."""
+"""Whole modules and TorchScript archives of live torch: the same tensors and points as the state dict, and what that loses."""
 
-import jax
-import jax.numpy as jnp
+import json
+import os
+import re
+import warnings
+
 import numpy as np
 import pytest
 
 import qjax
-from qjax.interop import torch_modules
-from qjax.interop._layout import layout_of, transposed_padding
+from qjax import containers
+from qjax.interop._script_code import literals
+from tests.interop.numbers_of import scales, zeros
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
-
-RECIPE = qjax.Recipe([qjax.Rule(".*", weight=qjax.QuantSpec(qjax.int8, symmetric=True))])
-
-
-def op_and_module(fn, shape, x):
-    """The one op of the function, and the module that is derived for it."""
-    prepared, params = qjax.prepare(fn, RECIPE), {"op": {"w": jnp.zeros(shape)}}
-    (op,) = prepared.trace(params, x).graph.ops()
-    return op, torch_modules(prepared, params, x)["op"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*(deprecated|TorchScript|torch.jit|quantiz).*"),
+]
 
 
-def geometries(rank):
-    """Strides, dilations, groups, padding: (what JAX is told, torch's arguments, kernel sizes)."""
-    kernel = (3, 2, 4)[:rank]
-    yield (
-        {"window_strides": (2, 1, 1)[:rank], "padding": [(1, 1)] * rank},
-        {"stride": (2, 1, 1)[:rank], "padding": 1},
-        kernel,
-    )
-    yield {
-        "window_strides": (1,) * rank, "padding": "VALID", "rhs_dilation": (1, 2, 1)[:rank], "feature_group_count": 2
-    }, {"dilation": (1, 2, 1)[:rank], "groups": 2}, kernel  # fmt: skip
+class Net(torch.nn.Module):
+    """An op of each kind whose qparams lie somewhere else."""
+
+    def __init__(self):
+        super().__init__()
+        nn, nnq = torch.nn, torch.ao.nn.quantized
+        self.quant, self.dequant = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.conv, self.relu, self.elu, self.prelu = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ELU(), nn.PReLU()
+        self.fc, self.ff, self.norm = nn.Linear(4 * 9, 5), nnq.FloatFunctional(), nn.LayerNorm(5)
+        self.leaky = nn.LeakyReLU()
+
+    def forward(self, x):
+        x = self.prelu(self.elu(self.relu(self.conv(self.quant(x)))))
+        x = self.leaky(self.norm(self.fc(self.ff.add(x, x).flatten(1))))
+        return self.dequant(x)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("case", [0, 1])
-def test_convolutions(rng, rank, case):
-    options, arguments, kernel = list(geometries(rank))[case]
-    groups = options.get("feature_group_count", 1)
-    spatial = "DHW"[3 - rank :]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-
-    def fn(p, x):
-        return jax.lax.conv_general_dilated(x, p["op"]["w"], dimension_numbers=numbers, **options)
-
-    x = rng.integers(-8, 9, (2, *(7, 6, 8)[:rank], 4)).astype(np.float32)
-    w = rng.integers(-8, 9, (*kernel, 4 // groups, 6)).astype(np.float32)
-    op, module = op_and_module(fn, w.shape, x)
-    assert module.kind == f"Conv{rank}d"
-    theirs = getattr(torch.nn, module.kind)(4, 6, kernel, bias=False, **arguments)
-    check(theirs, layout_of(op, module).array(w), x, fn({"op": {"w": w}}, x))
-
-
-def check(module, weight, x, want):
-    """The module with this weight gives, channels first, what is wanted: whole numbers, so exactly."""
-    with torch.no_grad():
-        assert module.weight.shape == weight.shape
-        module.weight.copy_(torch.from_numpy(weight))
-        got = module(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()
-    np.testing.assert_array_equal(np.moveaxis(got, 1, -1), want)
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    """The converted model, and its files."""
+    folder = tmp_path_factory.mktemp("static")
+    ao = torch.ao.quantization
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Net().eval()
+        model.qconfig = ao.default_qconfig
+        prepared = ao.prepare(model)
+        x = torch.randn(2, 3, 5, 5)
+        prepared(x)
+        model = ao.convert(prepared)
+        torch.save(model, folder / "whole.pt")
+        torch.save(model.state_dict(), folder / "state.pt")
+        torch.jit.save(torch.jit.script(model), folder / "script.pt")
+        torch.jit.save(torch.jit.trace(model, x), folder / "trace.pt")
+    return model, folder
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("transpose_kernel", [False, True])
-def test_transposed_convolutions(rng, rank, groups, transpose_kernel):
-    kernel, strides, dilation = (3, 2, 4)[:rank], (2, 1, 3)[:rank], (1, 2, 1)[:rank]
-    spatial = "DHW"[3 - rank :]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    # output_padding is 1 along the first axis
-    padding = [
-        (d * (k - 1) - p, d * (k - 1) - p + (i == 0))
-        for i, (d, k, p) in enumerate(zip(dilation, kernel, (1, 0, 1), strict=False))
+def dequantized(value):
+    return value.dequantize() if isinstance(value, qjax.QTensor) else value
+
+
+@pytest.mark.parametrize("name", ["whole.pt", "script.pt", "trace.pt"])
+def test_tensors_are_those_of_the_state_dict(static, name):
+    model, folder = static
+    checkpoint, state = qjax.interop.load(folder / name), qjax.interop.load(folder / "state.pt")
+    lost = {f"{module}.{part}" for module in ("fc", "ff", "norm", "leaky") for part in ("scale", "zero_point")}
+    missing = set(state) - set(checkpoint)
+    # A trace has literals in the place of attributes, and constants in the place of parameters.
+    assert missing <= (lost | {"norm.weight", "norm.bias"} if name == "trace.pt" else set())
+    for key in set(state) & set(checkpoint):
+        if not isinstance(state[key], containers.Global):
+            np.testing.assert_array_equal(dequantized(checkpoint[key]), dequantized(state[key]))
+    for key, weight in (("conv.weight", model.conv.weight()), ("fc.weight", model.fc.weight())):
+        np.testing.assert_array_equal(np.asarray(checkpoint[key].codes), weight.int_repr().numpy())
+        np.testing.assert_array_equal(np.asarray(checkpoint[key].dequantize()), weight.dequantize().numpy())
+
+
+OUTPUTS = ["conv", "elu", "prelu", "fc", "ff", "norm", "leaky"]
+
+
+@pytest.mark.parametrize("name", ["whole.pt", "script.pt", "trace.pt"])
+def test_outputs_have_the_numbers_of_the_modules(static, name):
+    model, folder = static
+    checkpoint = qjax.interop.load(folder / name)
+    table = qjax.interop.points(checkpoint)
+    assert checkpoint.dialect == table.dialect == ("eager_static" if name == "whole.pt" else "torchscript")
+    for op in OUTPUTS:
+        # The code of a trace does not say whose addition it was.
+        path = "add" if (op, name) == ("ff", "trace.pt") else op
+        (point,) = table.of(path, "output")
+        module = getattr(model, op)
+        assert (scales(point), zeros(point)) == ((float(np.float32(module.scale)),), (int(module.zero_point),))
+        literal = f"{op}.scale" not in checkpoint
+        assert not literal or name == "trace.pt"
+        assert point.qparams_from.kind == ("graph" if literal else "file")
+        if literal:
+            assert "ops.quantized." in point.qparams_from.detail
+    (stub,) = table.of("quant", "input")
+    assert scales(stub) == (float(model.quant.scale),)
+    assert max(map(len, str(table).splitlines())) <= 80
+    json.loads(table.to_json())
+    qjax.interop.explain(checkpoint).render()
+
+
+def test_the_weight_of_a_traced_prelu_is_a_constant(static):
+    model, folder = static
+    checkpoint = qjax.interop.load(folder / "trace.pt")
+    found = [
+        value for key, value in checkpoint.items() if key.startswith("CONSTANTS.c") and isinstance(value, qjax.QTensor)
+    ]
+    assert [value.dequantize().tolist() for value in found] == [model.prelu.weight.dequantize().tolist()]
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.fc = torch.nn.LSTM(4, 3), torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(self.lstm(x)[0])
+
+
+@pytest.mark.parametrize("way", ["whole", "script"])
+def test_dynamic_models(tmp_path, way):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        kinds = {torch.nn.LSTM, torch.nn.Linear}
+        model = torch.ao.quantization.quantize_dynamic(Recurrent(), kinds, dtype=torch.qint8)
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        if way == "whole":
+            torch.save(model, tmp_path / "a.pt")
+        else:
+            torch.jit.save(torch.jit.script(model), tmp_path / "a.pt")
+    checkpoint, state = qjax.interop.load(tmp_path / "a.pt"), qjax.interop.load(tmp_path / "state.pt")
+    assert checkpoint.dialect == ("eager_dynamic" if way == "whole" else "torchscript")
+    for key, value in state.items():
+        if isinstance(value, qjax.QTensor | np.ndarray):
+            np.testing.assert_array_equal(dequantized(checkpoint[key]), dequantized(value))
+    ours, theirs = qjax.interop.points(checkpoint), qjax.interop.points(state)
+    assert [(p.op, p.role, scales(p), p.qparams_from) for p in ours] == [
+        (p.op, p.role, scales(p), p.qparams_from) for p in theirs
     ]
 
-    def fn(p, x):
-        w = p["op"]["w"]
-        if transpose_kernel:  # as jax.lax.conv_transpose does with a kernel of the other direction
-            w = jnp.flip(w, range(rank))
-        return jax.lax.conv_general_dilated(
-            x, w, (1,) * rank, padding, strides, dilation, dimension_numbers=numbers, feature_group_count=groups
-        )
 
-    x = rng.integers(-8, 9, (2, *(3, 4, 3)[:rank], 4)).astype(np.float32)
-    w = rng.integers(-8, 9, (*kernel, 4 // groups, 6)).astype(np.float32)
-    op, module = op_and_module(fn, w.shape, x)
-    assert module.kind == f"ConvTranspose{rank}d"
-    before, behind = transposed_padding(w.shape, op.contraction)
-    assert (before, behind) == ((1, 0, 1)[:rank], (1, 0, 0)[:rank])
-    theirs = getattr(torch.nn, module.kind)(
-        4, 6, kernel, strides, before, behind, groups=groups, bias=False, dilation=dilation
+def test_a_traced_dynamic_linear(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        model = torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}, dtype=torch.qint8)
+        torch.jit.save(torch.jit.trace(model, torch.randn(2, 8)), tmp_path / "a.pt")
+    table = qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
+    assert [(point.op, point.role, point.qparams_from.kind) for point in table] == [
+        ("0", "weight", "file"),
+        ("0", "input", "run_time"),
+    ]
+    assert scales(table[0]) == (model[0].weight().q_scale(),)
+
+
+@pytest.mark.parametrize("way", ["whole", "script"])
+def test_embeddings_and_fixed_qparams(tmp_path, way):
+    nnq = torch.ao.nn.quantized
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        float_qparams = torch.ao.quantization.float_qparams_weight_only_qconfig
+        net = torch.nn.Sequential(torch.nn.Embedding(10, 8))
+        net.qconfig = float_qparams
+        embedding = torch.ao.quantization.convert(torch.ao.quantization.prepare(net))[0]
+        model = torch.nn.Sequential(embedding, nnq.Sigmoid(1 / 256, 0), nnq.Softmax(-1, 1 / 256, 7))
+        if way == "whole":
+            torch.save(model, tmp_path / "a.pt")
+        else:
+            torch.jit.save(torch.jit.script(model), tmp_path / "a.pt")
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    np.testing.assert_array_equal(
+        np.asarray(checkpoint["0.weight"].dequantize()), embedding.weight().dequantize().numpy()
     )
-    seen = np.flip(w, range(rank)) if transpose_kernel else w  # the op takes the kernel as it is turned already
-    check(theirs, layout_of(op, module).array(seen), x, fn({"op": {"w": w}}, x))
+    table = qjax.interop.points(checkpoint)
+    assert [(scales(point), zeros(point)) for point in table if point.role == "output"] == [
+        ((1 / 256,), (0,)),
+        ((1 / 256,), (7,)),
+    ]
 
 
-def test_flax_and_torch_agree_on_an_upsampling_layer(rng):
-    import flax.linen as nn
+def test_a_float_script_is_plain_and_prepared_modules_are_prepared(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(net), tmp_path / "a.pt")
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    assert checkpoint.dialect == "plain"
+    assert len(qjax.interop.points(checkpoint)) == 0
+    assert set(checkpoint) == set(net.state_dict())
+    torch.save(net, tmp_path / "a.pt")
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    assert set(checkpoint) == set(net.state_dict())
+    torch.save({"epoch": 3, "model": net}, tmp_path / "a.pt")
+    assert set(qjax.interop.load(tmp_path / "a.pt")) == {"epoch", *(f"model.{key}" for key in net.state_dict())}
 
-    layer = nn.ConvTranspose(6, (3, 3), strides=(2, 2), padding="VALID", use_bias=False)
-    x = rng.integers(-8, 9, (2, 4, 5, 3)).astype(np.float32)
-    w = rng.integers(-8, 9, (3, 3, 3, 6)).astype(np.float32)
-    op, module = op_and_module(lambda p, x: layer.apply({"params": {"kernel": p["op"]["w"]}}, x), w.shape, x)
-    want = layer.apply({"params": {"kernel": w}}, x)
-    check(torch.nn.ConvTranspose2d(3, 6, 3, 2, bias=False), layout_of(op, module).array(w), x, want)
+
+class Runs:
+    """Its pickle calls a function of some other program."""
+
+    def __init__(self, function, argument):
+        self.function, self.argument = function, argument
+
+    def __reduce__(self):
+        return self.function, (self.argument,)
 
 
-@pytest.mark.parametrize("form", ["reshape", "einsum"])
-def test_a_linear_on_a_feature_map(rng, form):
-    kernel = rng.integers(-3, 4, (2, 2, 3, 4)).astype(np.float32)
-    x = rng.integers(-3, 4, (2, 4, 5, 3)).astype(np.float32)
-    w = rng.integers(-3, 4, (48, 5)).astype(np.float32)
+CALLED = []
 
-    def fn(p, x):
-        y = jax.lax.conv_general_dilated(x, p["conv"]["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        if form == "reshape":
-            return y.reshape(2, -1) @ p["fc"]["w"]
-        return jnp.einsum("bhwc,hwco->bo", y, p["fc"]["w"])
 
-    params = {"conv": {"w": kernel}, "fc": {"w": w if form == "reshape" else w.reshape(3, 4, 4, 5)}}
-    prepared = qjax.prepare(fn, RECIPE)
-    ops = {op.name: op for op in prepared.trace(params, x).graph.ops()}
-    modules = torch_modules(prepared, params, x)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 2, bias=False), torch.nn.Flatten(), torch.nn.Linear(48, 5, bias=False)
-    )
-    with torch.no_grad():
-        for name, module in (("conv", net[0]), ("fc", net[2])):
-            module.weight.copy_(torch.from_numpy(layout_of(ops[name], modules[name]).array(params[name]["w"])))
-        got = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
-    np.testing.assert_array_equal(got, fn(params, x))
+def called(argument):
+    CALLED.append(argument)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nothing_is_executed(tmp_path, nested):
+    def saved(thing):
+        torch.save({"a": thing, "w": torch.ones(2)} if nested else thing, tmp_path / "a.pt")
+        return tmp_path / "a.pt"
+
+    with pytest.raises(containers.FormatError, match=re.escape(f"{os.system.__module__}.system")):
+        qjax.interop.load(saved(Runs(os.system, f"touch {tmp_path / 'run'}")))
+    with pytest.raises(containers.FormatError, match=r"builtins\.eval|__builtin__\.eval"):
+        qjax.interop.load(saved(Runs(eval, "CALLED.append(1)")))
+    path = saved(Runs(called, 1))
+    if nested:
+        checkpoint = qjax.interop.load(path)
+        assert isinstance(checkpoint["a"], containers.Object)
+        assert "called" in str(qjax.interop.explain(checkpoint))
+    else:
+        with pytest.raises(containers.FormatError, match=r"an object of type .*called; expected a state dict or"):
+            qjax.interop.load(path)
+    assert not CALLED
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("_0 = ops.quantized.add(_1, _1, 0.25, 3)", [("ops.quantized.add", 0.25, 3, None)]),
+        ("_0 = ops.quantized.elu(x, 1e-2, 0, 1.)", [("ops.quantized.elu", 0.01, 0, None)]),
+        ("_0 = ops.quantized.leaky_relu(x, 0.01, False, 0.5, -5)", [("ops.quantized.leaky_relu", 0.5, -5, None)]),
+        ("_0 = ops.quantized.layer_norm(x, [5], w, b, 1e-05, 0.5, 7)", [("ops.quantized.layer_norm", 0.5, 7, None)]),
+        ("_0 = ops.quantized.cat([x, y], 1, 2., 9)", [("ops.quantized.cat", 2.0, 9, None)]),
+        ("_0 = torch.quantize_per_tensor(x, 0.5, 59, 13)", [("torch.quantize_per_tensor", 0.5, 59, 13)]),
+        (
+            "_0 = ops.quantized.mul(ops.quantized.add(a, b, 0.5, 1), torch.f(0.1, 2), 0.25, 3)",
+            [("ops.quantized.add", 0.5, 1, None), ("ops.quantized.mul", 0.25, 3, None)],
+        ),
+        ('_0 = torch.warn("ops.quantized.add(a, b, 0.5, 1)")', []),
+        ("_0 = ops.quantized.add(_1, _1, scale, zero_point)", []),
+        ("_0 = ops.quantized.linear_prepack(w, 0.5, 3)", []),
+        ("_0 = ops.quantized.add(a, b, 0.5, " + "1" * 5000 + ")", []),
+        ("_0 = ops.quantized.add(a, b, 0." + "1" * 5000 + ", 1)", []),
+        ("ops.quantized.add(a, b, 0.5", []),
+        ("ops.quantized.add))))]]]](((,,,", []),
+        ('ops.quantized.add("' + '\\"' * 100_000, []),
+    ],
+)  # fmt: skip
+def test_literals_of_a_line(line, found):
+    code = {"__torch__/a.py": f"class Net(Module):\n  def forward(self, x: Tensor) -> Tensor:\n    {line}\n"}
+    assert literals(code) == ({"__torch__.a.Net": [tuple(call) for call in found]} if found else {})
+
+
+def test_code_without_bounds(monkeypatch):
+    deep = "class A(Module):\n  _0 = ops.quantized.add" + "(" * 2000
+    with pytest.raises(containers.FormatError, match="code nested too deep"):
+        literals({"a.py": deep})
+    monkeypatch.setattr(qjax.interop._script_code, "_MOST_TOKENS", 100)
+    with pytest.raises(containers.FormatError, match="more code than is read"):
+        literals({"a.py": "class A(Module):\n" + "  _0 = ops.quantized.add(a, b, 0.5, 1)\n" * 20})
+    monkeypatch.setattr(qjax.interop._script, "_MOST_POINTS", 1)
+    code = "class A(Module):\n" + "  _0 = ops.quantized.add(a, b, 0.5, 1)\n" * 2
+    modules = qjax.interop._module_tree.Modules({}, {}, {"": "__torch__.A"})
+    with pytest.raises(containers.FormatError, match="more calls than are read"):
+        qjax.interop._script.script_program(modules, {"code": {"__torch__.py": code}}, {})
