@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from qjax._granularity import PerTensor
 from qjax._qparams import QParams
 from qjax._quantize import QTensor, quantize
-from qjax._requantize import Kernel
+from qjax._requantize import Engines, Kernel
 from qjax._spec import QuantSpec
 from qjax.integer._kernels import accumulate, shifted_codes
 from qjax.integer._saved import save
@@ -210,6 +210,11 @@ class IntegerProgram:
           OSError: The file cannot be written.
         """
         save(self, path, args or self._signature, platforms)
+
+    @property
+    def engine(self) -> Engines:
+        """Whose kernels the program computes, as `qjax.prepare` was told."""
+        return self._prepared.engine
 
     def trace(self) -> Trace:
         """The traced function, with the arguments that it was converted with."""

@@ -7,11 +7,13 @@ from typing import Any
 
 from qjax.integer import IntegerProgram
 from qjax.interop._flow import Unknown, flattened_of, linear_inputs
-from qjax.interop._modules import CONVS, Embedding, Linear, OpGeometry, TorchModule
+from qjax.interop._modules import CONVS, Embedding, FloatFunctional, Linear, OpGeometry, TorchModule
 from qjax.transform._contraction import Conv, Dot
 from qjax.transform._prepare import Prepared
 from qjax.transform._trace import Op, Trace
 
+#: Elementwise ops that torch has in its `FloatFunctional`.
+FUNCTIONAL = ("add", "mul")
 Names = Mapping[str, str] | Callable[[str], str]
 
 
@@ -29,6 +31,7 @@ def torch_modules(
     | one that dilates its input                                                | `ConvTranspose1d`, 2d, 3d          |
     | a dot whose right operand is a weight, without batch axes                 | `Linear`                           |
     | an embedding                                                              | `Embedding`                        |
+    | an addition or a product of activations whose output is quantized         | `FloatFunctional`                  |
 
     A `Linear` whose input is the feature map of a convolution, flattened with its channels last, has to know the sizes of that
     map, because torch flattens channels first. They are found by following the values of the traced function from the
@@ -91,11 +94,14 @@ def torch_modules(
 
 
 def traced_ops(program: Any, args: tuple[Any, ...], caller: str) -> tuple[Trace, set[str]]:
-    """The traced function of a program or of a prepared function, and the names of the ops with a quantized weight."""
+    """The traced function of a program or of a prepared function, and the names of the ops that are quantized."""
     if isinstance(program, IntegerProgram):
         if args:
             raise TypeError(f"{caller}: a converted program knows its arguments; leave them out.")
-        return program.trace(), {op.name for op in program.ops}
+        traced, weighted = program.trace(), {op.name for op in program.ops}
+        return traced, weighted | {
+            op.name for op in traced.graph.ops() if op.kind in FUNCTIONAL and f"{op.name}/output" in program.points
+        }
     if not isinstance(program, Prepared):
         raise TypeError(f"{caller}: expected what qjax.convert or qjax.prepare returns, got {type(program).__name__}.")
     whole = args or program.signature
@@ -117,6 +123,8 @@ def _name(op: str, names: Names | None) -> str:
 
 
 def _module(op: Op, name: str) -> TorchModule:
+    if op.kind in FUNCTIONAL:
+        return FloatFunctional(name)
     geometry = OpGeometry.of(op)
     if isinstance(op.contraction, Conv):
         kind = CONVS.get((len(op.contraction.padding), geometry.is_transposed))

@@ -2,213 +2,221 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qjax._granularity import PerChannel, PerTensor
-from qjax._quantize import QTensor
 from qjax.containers import Global, Record
 from qjax.integer import IntegerOp, IntegerProgram
-from qjax.interop._layout import bias_of, layout_of
-from qjax.interop._modules import Conv2d, Linear, TorchModule
-from qjax.transform._contraction import Conv
+from qjax.interop import _static_checks as checks
+from qjax.interop._derive import FUNCTIONAL, torch_modules
+from qjax.interop._layout import bias_of
+from qjax.interop._modules import ConvModule, Embedding, FloatFunctional, Linear, TorchModule
+from qjax.transform._trace import Trace
+
+_CALLER = "eager_static"
 
 
 def eager_static(
-    integer: IntegerProgram, modules: Mapping[str, TorchModule], *, quantize: str | None = "quant"
+    integer: IntegerProgram,
+    modules: Mapping[str, TorchModule] | None = None,
+    *,
+    quantize: str | Mapping[str, str] | None = "quant",
 ) -> Record:
     """Lay out an integer program as the state dict of a model that torch's eager-mode `convert` makes.
 
-    For each module the keys are torch's own: `weight` and `bias` of a Conv2d, `_packed_params` of a Linear, and the
-    `scale` and `zero_point` of the module's *output*. The `Quantize` module at the model's entry gets the input qparams
-    of the first op, as arrays of one element. Load it with `model.load_state_dict(torch.load(path, weights_only=True))`
-    under the fbgemm engine; where an op's ReLU is part of it, the model has the fused module (`ConvReLU2d`, `LinearReLU`).
+    | module                                   | keys                                                                        |
+    |------------------------------------------|-----------------------------------------------------------------------------|
+    | `Conv1d` … `ConvTranspose3d`, `ConvReLU` | `weight`, `bias`, and `scale`, `zero_point` of the *output*                 |
+    | `Linear`, `LinearReLU`                   | the same in `_packed_params.dtype`, `_packed_params._packed_params`         |
+    | `QFunctional` (of a `FloatFunctional`)   | `scale`, `zero_point`                                                       |
+    | `Embedding`, `EmbeddingBag`              | `_packed_params.dtype`, `_packed_params._packed_weight`                     |
+    | `Quantize`                               | `scale`, `zero_point` of the input, arrays of one element                   |
+
+    Load it with `model.load_state_dict(torch.load(path, weights_only=True))` under the engine that the function was prepared
+    for; where an op's ReLU is part of it, the model has the fused module (`ConvReLU2d`, `LinearReLU`, `add_relu`).
 
     Torch's modules take their input's qparams from the module that made it, so each op but the first must take codes that
-    another op put out, or the model's input with the qparams that the first op takes it with.
+    another op put out, or the model's input with the qparams that the first op takes it with. Where a model has several
+    `Quantize` modules (several inputs, an embedding in front, or a part in float between `DeQuantize` and `Quantize`),
+    `quantize` says by quantizer what each is called.
+
+    Codes are equal to torch's, bit for bit, but for those of additions and products, where torch's kernels have other
+    roundings: they may differ by one, beside a tie. The codes of an embedding are equal, too; what torch looks up of them is
+    `scale · q - scale · zero_point`, of 4-bit tables with both in half precision.
 
     Args:
       integer: From `qjax.convert`.
-      modules: What each op becomes; all ops of the program, by name.
-      quantize: The name of the model's `Quantize` module (`QuantStub` before conversion); None for a model that is given
-        quantized tensors.
+      modules: What each op becomes; all ops of the program, by name. None derives them, as `torch_modules` does.
+      quantize: The name of the model's `Quantize` module (`QuantStub` before conversion); or a mapping from the quantizers
+        that it stands for, such as `"Dense_0/input"`, to names; None for a model that is given quantized tensors.
 
     Returns:
       A mapping to hand to `qjax.interop.save`, with torch's module versions as its metadata.
 
     Raises:
-      TypeError: integer is no integer program, or modules does not map names to `Conv2d` and `Linear`.
+      TypeError: integer is no integer program, or modules does not map names to modules.
       ValueError: An op is missing in modules or unknown, is not of the kind of its module, or is quantized in a way that
         torch's module cannot be (its weight affine, narrower than 8 bits or per another axis than the output; no input
-        or output qparams; an input or output that is not 8-bit unsigned; an input that is quantized where torch has no
-        module to do it; a convolution that is transposed or padded unevenly).
+        or output qparams; an input or output that is not 8-bit unsigned; an input that is quantized where no `Quantize` module
+        was named; a convolution that is padded unevenly).
 
     Warns:
-      UserWarning: The model's input was simulated with another rounding than that of torch's `Quantize`; or a depthwise
-        convolution takes codes of the full range, for which fbgemm's 16-bit sums may saturate.
+      UserWarning: The model's input was simulated with another rounding than that of torch's `Quantize`; a depthwise
+        convolution takes codes of the full range, for which fbgemm's 16-bit sums may saturate; a transposed convolution is
+        one that torch's onednn computes wrongly; or no engine of torch's computes what the program was prepared for.
 
     References:
-      PyTorch, `torch/ao/nn/quantized/modules/`, `_save_to_state_dict` of `linear.py` and `conv.py`.
+      PyTorch, `torch/ao/nn/quantized/modules/`, `_save_to_state_dict` of `linear.py`, `conv.py` and `embedding_ops.py`.
     """
-    _check_types(integer, modules)
+    checks.check_modules(integer, {} if modules is None else modules, _CALLER)
     ops = {op.name: op for op in integer.ops}
-    for name in modules.keys() - ops.keys():
-        raise ValueError(f"eager_static: the program has no op {name!r}; its ops are {', '.join(ops)}.")
-    for name in ops.keys() - modules.keys():
-        raise ValueError(
-            f"eager_static: modules does not say what op {name!r} becomes. Add a Conv2d or a Linear for it."
-        )
-    names = [module.name for module in modules.values()]
-    if len(set(names)) != len(names):
-        raise ValueError(f"eager_static: two ops become the same torch module; the names are {', '.join(names)}.")
-    state: dict[str, Any] = {}
-    versions: dict[str, dict[str, int]] = {"": {"version": 1}}
+    traced = integer.trace()
+    functional = _functional(traced, integer)
+    modules = torch_modules(integer) if modules is None else modules
+    checks.check_names(modules, {name: op.kind for name, op in ops.items()} | functional, _CALLER)
+    engine = checks.engine_of(integer) or "x86"
+    weights: dict[str, Any] = {}
     for op in ops.values():
-        _check_weight(op)
-        _point(op, "input")
-        _point(op, "output")
-        _warn_of_saturation(op)
-    entries = _entries(integer.ops)
-    if quantize is not None and entries:
-        for op in entries:
-            _warn_of_rounding(op)
-        scale, zero_point = _point(entries[0], "input")
-        state[f"{quantize}.scale"] = np.asarray([scale], np.float32)
-        state[f"{quantize}.zero_point"] = np.asarray([zero_point], np.int64)
-        versions[quantize] = {"version": 1}
-    for name, op in ops.items():
-        module = modules[name]
-        state.update(_module_state(op, module))
-        packed = isinstance(module, Linear)
-        versions[module.name] = {"version": 3 if packed else 1}
-        if packed:
-            versions[f"{module.name}._packed_params"] = {"version": 3}
-    return Record(state, metadata=versions)
-
-
-def _check_types(integer: Any, modules: Any) -> None:
-    if not isinstance(integer, IntegerProgram):
-        raise TypeError(f"eager_static: integer must come from qjax.convert, got {type(integer).__name__}.")
-    if not isinstance(modules, Mapping):
-        raise TypeError(
-            f"eager_static: modules must map the names of ops to Conv2d and Linear, got {type(modules).__name__}."
-        )
+        checks.check_is_one_layer(op, _CALLER)
+        if op.kind == "embedding":
+            weights[op.name] = checks.table_of(op, modules[op.name], _CALLER)
+            continue
+        weights[op.name] = checks.weight_of(op, modules[op.name], engine, _CALLER)
+        checks.point_of(op.input, "input", op.name, engine, _CALLER)
+        checks.point_of(op.output, "output", op.name, engine, _CALLER)
+        checks.check_kernel(op, integer, engine, _CALLER)
+    checks.warn_of_engine(integer, _CALLER)
+    _check_operands(traced, integer, functional)
+    state = _State()
+    for name, op in _entries(integer, functional, quantize).items():
+        assert op.input is not None
+        scale, zero_point = checks.point_of(op.input, "input", op.name, engine, _CALLER)
+        state.add(name, {"scale": scale.reshape(1), "zero_point": zero_point.reshape(1)}, 1)
     for name, module in modules.items():
-        if not isinstance(name, str) or not isinstance(module, TorchModule):
-            raise TypeError(
-                "eager_static: modules must map the names of ops to Conv2d and Linear, such as "
-                f"{{'Dense_0': qjax.interop.Linear('fc1')}}; got {name!r}: {module!r}."
+        if name in functional:
+            if not isinstance(module, FloatFunctional):
+                raise ValueError(
+                    f"{_CALLER}: {name} is an {functional[name]} of two activations; torch has a FloatFunctional for it, not "
+                    f"a {module.kind}."
+                )
+            point = integer.points[f"{name}/output"]
+            scale, zero_point = checks.point_of(point, "output", name, engine, _CALLER)
+            state.add(module.name, {"scale": scale, "zero_point": zero_point}, 1)
+            state.versions[f"{module.name}.activation_post_process"] = {"version": 1}
+        else:
+            _add_module(state, ops[name], module, weights[name])
+    return Record(state.tensors, metadata=state.versions)
+
+
+class _State:
+    """A state dict in the making."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Any] = {}
+        self.versions: dict[str, dict[str, int]] = {"": {"version": 1}}
+
+    def add(self, module: str, values: Mapping[str, Any], version: int) -> None:
+        self.tensors.update({f"{module}.{key}": value for key, value in values.items()})
+        self.versions[module] = {"version": version}
+
+
+def _add_module(state: _State, op: IntegerOp, module: TorchModule, weight: Any) -> None:
+    if isinstance(module, Embedding):
+        dtype = Global("torch.quint8" if weight.spec.format.bits == 8 else "torch.quint4x2")
+        state.add(module.name, {"_packed_params.dtype": dtype, "_packed_params._packed_weight": weight}, 1)
+        state.versions[f"{module.name}._packed_params"] = {"version": 1}
+        return
+    assert op.output is not None
+    scale, zero_point = op.output[1]
+    output = {"scale": np.asarray(scale, np.float32), "zero_point": np.asarray(zero_point, np.int64)}
+    if isinstance(module, ConvModule):
+        bias = bias_of(op, op.bias, op.weight.shape[op.contraction.dimension_numbers.rhs_spec[0]], _CALLER)  # type: ignore[union-attr]
+        state.add(module.name, {"weight": weight, "bias": bias} | output, 1)
+        return
+    assert isinstance(module, Linear)
+    packed = (weight, bias_of(op, op.bias, weight.shape[0], _CALLER))
+    parts = {"_packed_params.dtype": Global("torch.qint8"), "_packed_params._packed_params": packed}
+    state.add(module.name, output | parts, 3)
+    state.versions[f"{module.name}._packed_params"] = {"version": 3}
+
+
+def _functional(traced: Trace, program: IntegerProgram) -> dict[str, str]:
+    """The kinds of the elementwise ops whose output is quantized, by name."""
+    found = {
+        op.name: op.kind for op in traced.graph.ops() if op.is_elementwise and f"{op.name}/output" in program.points
+    }
+    for name, kind in found.items():
+        if kind not in FUNCTIONAL:
+            raise ValueError(
+                f"{_CALLER}: the output of {name}, a {kind}, is quantized; of elementwise ops torch's eager models have "
+                "quantized additions and products. Leave it in float, with the part of the model around it."
+            )
+    return found
+
+
+def _check_operands(traced: Trace, program: IntegerProgram, functional: Mapping[str, str]) -> None:
+    outputs = {op.name: op.output_quantizer for op in program.ops if op.output_quantizer is not None}
+    quantizers = checks.operand_quantizers(traced.graph, outputs | {name: f"{name}/output" for name in functional})
+    for name in functional:
+        if len(quantizers[name]) != 2 or None in quantizers[name]:
+            raise ValueError(
+                f"{_CALLER}: an operand of {name} is a float; torch's quantized {functional[name]} takes codes. Quantize what "
+                "makes it: a rule with output=qjax.QuantSpec(qjax.uint8) for the op that it comes from, with only pools, "
+                "reshapes and a ReLU between the two."
             )
 
 
-def _entries(ops: Sequence[IntegerOp]) -> list[IntegerOp]:
-    """The ops that take the model's input; all others must take codes that an op before them put out."""
-    entries: list[IntegerOp] = []
-    put_out: set[str | None] = set()
-    for op in ops:
-        if op.input_quantizer not in put_out:
-            if entries and not _same_qparams(op, entries[0]):
-                raise ValueError(
-                    f"eager_static: the input of {op.name} is quantized by itself ({op.input_quantizer}), not by the op that "
-                    "makes it, and torch has no module that requantizes there (such as after a tanh or an addition): its "
-                    "modules take over the qparams of their input. Quantize the output of the op before it (a rule with "
-                    "output=qjax.QuantSpec(qjax.uint8)) and have only pools, reshapes and a ReLU between the two."
-                )
-            entries.append(op)
-        put_out.add(op.output_quantizer)
+def _entries(
+    program: IntegerProgram, functional: Mapping[str, str], quantize: str | Mapping[str, str] | None
+) -> dict[str, IntegerOp]:
+    """The model's Quantize modules, by name, and an op that takes what each puts out."""
+    made = {f"{name}/output" for name in functional}
+    # A residual may be added before the op in program order, so that what is put out is known beforehand.
+    made |= {op.output_quantizer for op in program.ops if op.output_quantizer is not None}
+    first = [op for op in program.ops if op.kind != "embedding" and op.input_quantizer not in made]
+    by_quantizer = {str(op.input_quantizer): op for op in reversed(first)}
+    if isinstance(quantize, Mapping):
+        for name in quantize.keys() ^ by_quantizer.keys():
+            raise ValueError(
+                f"{_CALLER}: quantize {'has' if name in quantize else 'lacks'} {name!r}; the quantizers that a Quantize module "
+                f"has to stand for are {', '.join(sorted(by_quantizer)) or 'none'}."
+            )
+        names = dict(quantize)
+    else:
+        _check_one_entry(first)
+        names = {} if quantize is None else dict.fromkeys(by_quantizer, quantize)
+    entries: dict[str, IntegerOp] = {}
+    for op in first:
+        assert op.input is not None
+        if quantize is not None:
+            checks.warn_of_rounding(op.name, op.input[0], _CALLER, stacklevel=4)
+        name = names.get(str(op.input_quantizer))
+        if name is None:
+            continue
+        if not _same_qparams(entries.setdefault(name, op), op):
+            raise ValueError(
+                f"{_CALLER}: quantize gives the name {name!r} to {entries[name].input_quantizer} and {op.input_quantizer}, "
+                "which have other qparams. Name them differently."
+            )
     return entries
 
 
-def _same_qparams(op: IntegerOp, other: IntegerOp) -> bool:
-    pairs = zip(_point(op, "input"), _point(other, "input"), strict=True)
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
-
-
-def _module_state(op: IntegerOp, module: TorchModule) -> dict[str, Any]:
-    weight = _weight(op, module)
-    bias = bias_of(op, op.bias, weight.codes.shape[0], "eager_static")
-    scale, zero_point = _point(op, "output")
-    result: dict[str, Any] = {}
-    if isinstance(module, Conv2d):
-        result["weight"], result["bias"] = weight, bias
-    result["scale"] = np.asarray(scale, np.float32)
-    result["zero_point"] = np.asarray(zero_point, np.int64)
-    if isinstance(module, Linear):
-        result["_packed_params.dtype"] = Global("torch.qint8")
-        result["_packed_params._packed_params"] = (weight, bias)
-    return {f"{module.name}.{key}": value for key, value in result.items()}
-
-
-def _weight(op: IntegerOp, module: TorchModule) -> QTensor:
-    """Laid out as torch has it, its output axis first."""
-    try:
-        weight = layout_of(op, module, "eager_static").tensor(op.weight)
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith("eager_static") else f"eager_static: {error}") from None
-    granularity = weight.spec.granularity
-    if isinstance(granularity, PerChannel) and granularity.axes != (0,):
-        raise ValueError(
-            f"eager_static: the weight of {op.name} is quantized {op.weight.spec.granularity}; torch wants one scale for each "
-            'output, which is PerChannel("output").'
-        )
-    return weight
-
-
-def _check_weight(op: IntegerOp) -> None:
-    if op.steps:
-        raise ValueError(
-            f"eager_static: op {op.name!r} stands for {' x '.join(map(str, op.steps))} layers, the steps of a scan, and "
-            "a torch module is one layer. Write the layers of the function out as a Python loop, and convert that."
-        )
-    spec = op.weight.spec
-    if not (spec.is_plain and spec.symmetric and spec.format.signed and spec.format.bits == 8):
-        raise ValueError(
-            f"eager_static: the weight of {op.name} is {spec}; torch's fbgemm kernels want int8 symmetric "
-            "(qjax.QuantSpec(qjax.int8, symmetric=True, ...))."
-        )
-
-
-def _warn_of_rounding(op: IntegerOp) -> None:
-    assert op.input is not None
-    if op.input[0].convention != "torch_real":
-        warnings.warn(
-            f"eager_static: the input of {op.name} was simulated with convention {op.input[0].convention!r}, but torch's "
-            'Quantize module rounds by "torch_real": codes may differ by one on ties, and more beyond a reduced range. Use '
-            'QuantSpec(..., convention="torch_real") for the model\'s input to have them equal.',
-            stacklevel=3,
-        )
-
-
-def _warn_of_saturation(op: IntegerOp) -> None:
-    conv = op.contraction
-    if op.input is None or not isinstance(conv, Conv) or conv.feature_group_count == 1 or op.input[0].reduce_range:
-        return
-    if op.weight.shape[conv.dimension_numbers.rhs_spec[1]] == 1:
-        warnings.warn(
-            f"eager_static: {op.name} is a depthwise convolution of codes 0..255; fbgemm's depthwise kernel sums pairs of "
-            "products in 16 bits and may saturate, which gives other codes than predicted. Use QuantSpec(..., "
-            "reduce_range=True) for its input to avoid it.",
-            stacklevel=3,
-        )
-
-
-def _point(op: IntegerOp, role: str) -> tuple[Any, Any]:
-    point = op.input if role == "input" else op.output
-    if point is None:
-        mend = f"Give the op a rule with {role}=qjax.QuantSpec(qjax.uint8)"
-        if role == "input":
-            mend += (
-                ", or, where another op makes that input, give that one a rule with output=qjax.QuantSpec(qjax.uint8)"
+def _check_one_entry(first: Sequence[IntegerOp]) -> None:
+    for op in first:
+        if not _same_qparams(op, first[0]):
+            raise ValueError(
+                f"{_CALLER}: the input of {op.name} is quantized by itself ({op.input_quantizer}), not by the op that "
+                "makes it, and torch has no module that requantizes there (such as after a tanh or an addition in float): its "
+                "modules take over the qparams of their input. If the torch model has a Quantize module there, name it: "
+                f"quantize={{{str(first[0].input_quantizer)!r}: 'quant', {str(op.input_quantizer)!r}: ...}}. Else quantize the "
+                "output of the op before it (a rule with output=qjax.QuantSpec(qjax.uint8)) and have only pools, reshapes and "
+                "a ReLU between the two."
             )
-        raise ValueError(
-            f"eager_static: the {role} of {op.name} is not quantized; torch's static modules need its qparams. {mend}."
-        )
-    spec, (scale, zero_point) = point
-    if not spec.is_plain or spec.format.signed or spec.format.bits != 8 or not isinstance(spec.granularity, PerTensor):
-        raise ValueError(
-            f"eager_static: the {role} of {op.name} is {spec}; torch's fbgemm kernels want uint8 per_tensor activations."
-        )
-    return scale, zero_point
+
+
+def _same_qparams(op: IntegerOp, other: IntegerOp) -> bool:
+    assert op.input is not None
+    assert other.input is not None
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(op.input[1], other.input[1], strict=True))

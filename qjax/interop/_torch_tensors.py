@@ -100,7 +100,10 @@ def to_node(q: QTensor, name: str) -> containers.Call:
         and finite, or there is not one for each channel.
     """
     dtype = str(np.dtype(q.codes.dtype))
-    if not isinstance(q.spec.format, Int) or dtype not in ("int8", "uint8") or q.spec.format.bits != 8:
+    is_4_bit = q.spec.format == uint4 and q.spec.float_zero_point  # quint4x2, which embeddings alone have
+    if not is_4_bit and (
+        not isinstance(q.spec.format, Int) or dtype not in ("int8", "uint8") or q.spec.format.bits != 8
+    ):
         raise ValueError(
             f"{name}: torch has no quantized tensor for {q.spec.format}; it has qint8 and quint8. Quantize with qjax.int8 or "
             "qjax.uint8, or save the codes as a plain array."
@@ -139,7 +142,8 @@ def to_node(q: QTensor, name: str) -> containers.Call:
         scales = np.asarray(q.scale, np.float32 if real else np.float64)
         points = np.asarray(q.zero_point, np.float32 if real else np.int64)
         quantizer = (containers.Global(_PER_CHANNEL), scales, points, axis)
-    return containers.Call(REBUILD_QTENSOR, (codes, quantizer, False))
+    stored = containers.RawTensor("quint4x2", codes) if is_4_bit else codes
+    return containers.Call(REBUILD_QTENSOR, (stored, quantizer, False))
 
 
 def kind_of(node: Any) -> str:

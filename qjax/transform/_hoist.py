@@ -35,7 +35,7 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Co
                     f"{node.op.name}/{operand_role(node.op, i)}" for i in node.op.operands if node.inputs[i] == value
                 }
                 found |= {key if key in quantizers else None for key in keys} or {None}
-            elif _keeps_codes(node):
+            elif keeps_codes(node):
                 found |= destinations(node.outputs[0])
             else:
                 found.add(None)
@@ -53,7 +53,8 @@ def early_quantizers(graph: Graph, quantizers: Mapping[str, object], rounded: Co
     return early
 
 
-def _keeps_codes(node: Node) -> bool:
+def keeps_codes(node: Node) -> bool:
+    """Whether the node gives out codes that it was given: a max-pool, a ReLU, what moves elements."""
     if node.is_relu:
         return True
     return len(node.inputs) == 1 and (node.eqn.primitive.name in LAYOUT or _jaxpr.pooled_axes(node.eqn, 0) is not None)

@@ -120,7 +120,7 @@ def test_an_input_that_is_quantized_where_torch_cannot_is_refused(quantize):
     integer = changed(2, input=other, input_quantizer="Dense_0/input")
     message = (
         r"eager_static: the input of Dense_0 is quantized by itself \(Dense_0/input\), not by the op that makes it, and torch "
-        r"has no module that requantizes there \(such as after a tanh .* Quantize the output of the op before it .* the two\."
+        r"has no module that requantizes there \(such as after a tanh .* Else quantize the output of the op before .* the two\."
     )
     with pytest.raises(ValueError, match=f"^{message}$"):
         eager_static(integer, MODULES, quantize=quantize)
@@ -202,7 +202,10 @@ def test_a_depthwise_convolution_of_the_full_range_is_warned_of():
     ("arguments", "message"),
     [
         ((None, {}), r"eager_static: integer must come from qjax\.convert, got NoneType\."),
-        (("program", ["conv1"]), r"eager_static: modules must map the names of ops to Conv2d and Linear, got list\."),
+        (
+            ("program", ["conv1"]),
+            r"eager_static: modules must map the names of ops to Conv2d, Linear and their like, got list\.",
+        ),
         (("program", {"Conv_0": "conv1"}), r"eager_static: modules must map .*; got 'Conv_0': 'conv1'\."),
     ],
 )
