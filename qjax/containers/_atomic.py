@@ -1,8 +1,9 @@
-"""Replace a file in one step or leave it as it was."""
+"""Replace a file or a folder in one step or leave it as it was."""
 
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from typing import IO
 
@@ -37,6 +38,71 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None
             os.unlink(temporary)
         raise
     _sync_folder(folder)
+
+
+def replace_folder(
+    path: str | os.PathLike[str], write: Callable[[str], None], replaced: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Write files into a folder, all of them or none.
+
+    They are written into a new folder beside the target, which then takes its place; other files of the old folder are linked
+    into the new one. Where the target is there already, there is a moment at which it has another name, between two
+    renames: a process that is killed right then leaves the old folder whole under that name, which begins with a dot and
+    ends with `.old`.
+
+    Args:
+        path: the target; a symbolic link is followed.
+        write: writes the files into the folder whose path it is given.
+        replaced: whether an entry of the old folder, by its name, is left out of the new one.
+
+    Raises:
+        OSError: the folder above does not exist, the target is a file, the disk is full, …: the target is untouched, the
+            temporary folder removed.
+    """
+    target = os.path.realpath(path)
+    above, name = os.path.split(target)
+    start = os.path.join(above, f".{name[:100]}.{secrets.token_hex(8)}")
+    temporary, old = f"{start}.tmp", f"{start}.old"
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise NotADirectoryError(20, "a file is there, where a folder is to be", target)
+    try:
+        os.mkdir(temporary)
+        write(temporary)
+        if not os.path.exists(target):
+            os.rename(temporary, target)
+        else:
+            _keep_others(target, temporary, replaced)
+            os.chmod(temporary, os.stat(target).st_mode & 0o7777)
+            os.rename(target, old)
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(above)
+
+
+def _keep_others(source: str, target: str, replaced: Callable[[str], bool]) -> None:
+    for entry in os.listdir(source):
+        there, here = os.path.join(source, entry), os.path.join(target, entry)
+        if replaced(entry) or os.path.lexists(here):
+            continue
+        if os.path.isdir(there) and not os.path.islink(there):
+            shutil.copytree(there, here, symlinks=True, copy_function=_link)
+        else:
+            _link(there, here)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of a file; a copy where the file system has none."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _sync_folder(folder: str) -> None:

@@ -24,6 +24,7 @@ from qjax.interop._modules import (
     TorchModule,
 )
 from qjax.interop._points import Origin, PointTable, QuantPoint
+from qjax.interop._save_compressed import save_compressed_tensors
 from qjax.interop._write_prepared import ptq_prepared, qat_prepared
 
 __all__ = [
@@ -59,5 +60,6 @@ __all__ = [
     "ptq_prepared",
     "qat_prepared",
     "save",
+    "save_compressed_tensors",
     "torch_modules",
 ]

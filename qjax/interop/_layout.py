@@ -88,6 +88,7 @@ class Layout:
             q.spec.replace(granularity=granularity),
             q.tensor_scale,
             moved(q.amax),
+            q.global_scale,
         )
 
     def _numbered(self) -> list[tuple[int, ...]]:

@@ -121,3 +121,18 @@ def decompressed(model, compressor):
     """The weights as compressed-tensors decompresses them, by name."""
     compressor.decompress_model(model)
     return {key: value.detach() for key, value in model.state_dict().items() if key.endswith("weight")}
+
+
+def loaded(model, folder: Path):
+    """Load a folder into a float model as transformers does: apply the config, compress, load strictly."""
+    from safetensors.torch import load_file
+
+    compressors, quantization = library()
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = quantization.QuantizationConfig(**said)
+    quantization.apply_quantization_config(model, config, show_progress=False)
+    compressor = compressors.ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False, assign=True)
+    assert (missing, unexpected) == ([], [])
+    return compressor
