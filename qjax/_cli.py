@@ -14,7 +14,7 @@ import numpy as np
 from qjax import containers, interop
 from qjax.interop._shell import describe_outputs, read_codes, save_floats
 
-_EXPECTED = (containers.FormatError, OSError, ValueError, TypeError)
+_EXPECTED = (containers.FormatError, OSError, ValueError, TypeError, ModuleNotFoundError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +45,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--op", metavar="REGEX", type=_pattern, help="only ops and tensors in whose names REGEX is found"
     )
     inspect.add_argument("--wide", action="store_true", help="all columns, a line for each point")
+    inspect.add_argument(
+        "--plot", metavar="OUT.png", help="draw codes, scales and ranges, too; needs matplotlib (also .pdf and .svg)"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument(
         "--outputs",
@@ -82,6 +85,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _explanation(checkpoint: interop.Checkpoint, arguments: argparse.Namespace) -> str:
     explanation = interop.explain(checkpoint, ops=arguments.op)
+    if arguments.plot:
+        interop.plot(checkpoint, arguments.plot, explanation=explanation)
     if arguments.json:
         return explanation.to_json() + "\n"
     return _rendered(lambda **how: explanation.render(wide=arguments.wide, **how))

@@ -23,6 +23,7 @@ from qjax.interop._modules import (
     Linear,
     TorchModule,
 )
+from qjax.interop._plot import plot
 from qjax.interop._points import Origin, PointTable, QuantPoint
 from qjax.interop._save_compressed import save_compressed_tensors
 from qjax.interop._write_prepared import ptq_prepared, qat_prepared
@@ -56,6 +57,7 @@ __all__ = [
     "load",
     "load_prepared",
     "output_point",
+    "plot",
     "points",
     "ptq_prepared",
     "qat_prepared",
