@@ -101,6 +101,7 @@ def main(
     hand_made: Callable[[], dict[str, bytes]] = hand_made_samples,
     of_torch: Callable[[], dict[str, bytes]] = torch_samples,
     reader: Callable[[str, bytes, Path, random.Random], bool] | None = None,
+    forget: Callable[[], None] = lambda: None,
 ) -> int:
     """Run the command; other rooms fuzz their own readers with files of their own."""
     reader = reader or read
@@ -121,10 +122,18 @@ def main(
     counts = {"read": 0, "refused": 0, "failed": 0}
     slowest, start = (0.0, 0), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:  # each is read as it is; and what is compiled for it, is so before time is taken
-            if not reader(name, seeds[name], Path(temporary), random.Random(0)):
-                raise ValueError(f"the undamaged sample {name!r} is refused")
+
+        def read_undamaged() -> None:
+            """What is compiled for a sample, is so before time is taken."""
+            for name in names:
+                if not reader(name, seeds[name], Path(temporary), random.Random(0)):
+                    raise ValueError(f"the undamaged sample {name!r} is refused")
+
+        read_undamaged()
         for number in range(arguments.first, arguments.first + arguments.inputs):
+            if number % 2000 == 1999:
+                forget()
+                read_undamaged()
             rng = random.Random(f"{arguments.seed}/{number}")
             name = rng.choice(names)
             data = mutate(seeds[name], rng, pool)

@@ -1,6 +1,7 @@
 """A small file of each dialect, by qjax's own writer and by live torch: what the fuzzer damages."""
 
 import io
+import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def hand_made() -> dict[str, bytes]:
             qjax.interop.save(path, state)
             found[name] = path.read_bytes()
     code = b"class Net(Module):\n  def forward(self: __torch__.Net) -> Tensor:\n    _0 = ops.quantized.add(a, b, 0.25, 3)\n"
-    return found | {"pt2": _program(), "script": samples.torchscript(code=code)}
+    return found | {"pt2": _program(), "script": samples.torchscript(code=code)} | _compressed()
 
 
 def _program() -> bytes:
@@ -110,6 +111,27 @@ def _program() -> bytes:
     program = {"graph_module": {"graph": {"nodes": nodes}, "signature": {"input_specs": specs}}}
     files = {f"data__weights__weight_{i}": array.tobytes() for i, array in enumerate((codes, scale, zero_point))}
     return samples.pt2({"config": weights}, program, **files)
+
+
+def _compressed() -> dict[str, bytes]:
+    """The config.json of a folder of compressed-tensors; the reader puts `COMPRESSED` beside it."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": False}
+    activations = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    groups = {"group_0": {"targets": ["re:.*fc", "Linear"], "weights": weights, "input_activations": activations}}
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    said |= {"ignore": ["lm_head"], "version": "0.20.0", "kv_cache_scheme": None}
+    return {CONFIG: json.dumps({"quantization_config": said}).encode()}
+
+
+CONFIG = "config.json"
+COMPRESSED = {
+    "fc.weight_packed": np.arange(12, dtype=np.int32).reshape(4, 3),
+    "fc.weight_shape": np.array([4, 24]),
+    "fc.weight_scale": np.ones((4, 3), np.float32),
+    "fc.weight_zero_point": np.zeros((1, 3), np.int32),
+    "fc.input_scale": np.ones(1, np.float32),
+    "lm_head.weight": np.ones((2, 4), np.float32),
+}
 
 
 def of_torch() -> dict[str, bytes]:
@@ -155,7 +177,24 @@ def of_torch() -> dict[str, bytes]:
         add(f"torchao {name}", lambda file, state=state: torch.save(state, file))
         tensors, metadata = flatten_tensor_state_dict(state)
         found[f"torchao {name} safetensors"] = save_safetensors(tensors, metadata)
+    exported, converted = _pt2e(torch)
+    add("torch pt2", lambda file: torch.export.save(exported, file))
+    add("torch pt2e", lambda file: torch.save(converted.state_dict(), file))
     return found
+
+
+def _pt2e(torch: Any) -> tuple[Any, Any]:
+    """A program that torchao's PT2E quantized, and the module that it is of."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    graph = torch.export.export(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()), (x,)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(graph, quantizer)
+    prepared(x)
+    converted = convert_pt2e(prepared)
+    return torch.export.export(converted, (x,)), converted
 
 
 def _torch_models(torch: Any) -> dict[str, Any]:

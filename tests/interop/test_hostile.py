@@ -1,5 +1,8 @@
 """Files that lie: a slice of what the fuzzer does, and what would cost time without bound."""
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -27,6 +30,37 @@ def test_the_fuzzer_finds_what_is_there(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fuzz, "points", points)
     assert fuzz.main(["--inputs", "100", "--no-torch", "--save", str(tmp_path / "found")]) == 1
     assert list((tmp_path / "found").iterdir())
+
+
+def corpus():
+    return sorted((Path(__file__).parent / "corpus").glob("*.bin"))
+
+
+@pytest.mark.parametrize("path", corpus(), ids=lambda path: path.stem)
+def test_what_the_fuzzer_found_before(path, tmp_path):
+    # Inputs that `python -m tests.interop.fuzz --save` has kept, by sample, seed and number; each was mended.
+    name = path.stem.partition("-")[0].replace("_", " ")
+    assert fuzz.read(name, path.read_bytes(), tmp_path, random.Random(0)) in (True, False)
+
+
+@pytest.mark.parametrize(("axis", "size"), [(2, 3), (-1, 3), (0, 4), (2**31, 3)])
+def test_a_reference_weight_whose_axis_or_scales_do_not_fit_it(tmp_path, axis, size):
+    reference = {
+        "weight": np.ones((3, 4), np.float32),
+        "weight_scale": np.ones(size, np.float32),
+        "weight_zero_point": np.zeros(size, np.int64),
+        "weight_qscheme": containers.Global("torch.per_channel_affine"),
+        "weight_dtype": containers.Global("torch.qint8"),
+    }
+    columns = {
+        "weight_axis": np.int64(1),
+        "weight_scale": np.ones(4, np.float32),
+        "weight_zero_point": np.zeros(4, np.int64),
+    }
+    qjax.interop.save(tmp_path / "good.pt", {"fc": reference | columns})
+    assert len(qjax.interop.points(qjax.interop.load(tmp_path / "good.pt"))) == 1
+    qjax.interop.save(tmp_path / "bad.pt", {"fc": reference | {"weight_axis": np.int64(axis)}})
+    assert len(qjax.interop.points(qjax.interop.load(tmp_path / "bad.pt"))) == 0
 
 
 def state(name: str, channels: int | None, **more: np.ndarray) -> dict[str, object]:
