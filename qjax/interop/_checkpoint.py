@@ -22,7 +22,7 @@ from qjax.interop._program import Program
 from qjax.interop._pt2e import read_models
 from qjax.interop._script import read_script, script_program
 from qjax.interop._torch_tensors import from_node, to_node
-from qjax.interop._torchao import Torchao, from_object, join_safetensors, part_key
+from qjax.interop._torchao import Torchao, from_object, join_safetensors
 
 _PACKED = "_packed_params._packed_params"
 _PACKED_WEIGHT = "_packed_params._packed_weight"  # of an Embedding or an EmbeddingBag
@@ -189,9 +189,9 @@ def _subclasses(tensors: dict[str, Any], metadata: Mapping[str, Any]) -> dict[st
     texts = metadata.get("safetensors")
     if isinstance(texts, Mapping):
         joined = join_safetensors(tensors, texts)
-        for name in joined:
-            for part in ("qdata", "scale", "zero_point"):
-                tensors.pop(part_key(name, part), None)
+        for made in joined.values():
+            for part in made.parts:
+                tensors.pop(part, None)
         found |= joined
     tensors |= {name: made.weight for name, made in found.items()}
     return found

@@ -22,6 +22,7 @@ class Deferred:
       scale: float32.
       zero_point: int32, the same shape.
       global_scale: As in a QTensor.
+      tensor_scale: The same.
       codes: Makes the codes.
       columns: Where the file permutes the groups of a weight: the group of each column.
     """
@@ -33,6 +34,7 @@ class Deferred:
     codes: Callable[[], np.ndarray]
     global_scale: np.ndarray | None = None
     columns: np.ndarray | None = None
+    tensor_scale: np.ndarray | None = None
 
     def tensor(self) -> QTensor:
         """The tensor; where groups are permuted, with a scale for each element."""
@@ -40,4 +42,5 @@ class Deferred:
         if self.columns is not None:
             spec = spec.replace(granularity=PerChannel(tuple(range(len(self.shape)))))
             scale, zero_point = scale[..., self.columns], zero_point[..., self.columns]
-        return QTensor(self.codes(), scale, zero_point, spec, global_scale=self.global_scale)  # type: ignore[arg-type]  # numpy
+        overall = {"global_scale": self.global_scale, "tensor_scale": self.tensor_scale}
+        return QTensor(self.codes(), scale, zero_point, spec, **overall)  # type: ignore[arg-type]  # numpy

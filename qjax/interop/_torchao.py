@@ -15,7 +15,9 @@ from qjax._formats import Format, Int, e4m3, e5m2, int8
 from qjax._granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
-from qjax.containers._errors import quoted
+from qjax.interop._deferred import Deferred
+from qjax.interop._torchao_blocks import block_tensor
+from qjax.interop._torchao_values import STATIC, contradiction, plain
 
 _INTX = re.compile(r"(torch\.)?int([1-8])")
 _FLOAT8: dict[str, Format] = {"float8_e4m3fn": e4m3, "float8_e5m2": e5m2}
@@ -25,9 +27,12 @@ _FLOAT8_DTYPES = {np.dtype(ml_dtypes.float8_e4m3fn): e4m3, np.dtype(ml_dtypes.fl
 class Torchao(NamedTuple):
     """A subclass as read."""
 
-    weight: QTensor
+    weight: QTensor | Deferred
     kind: str  # the class, without its module
-    activation: Any  # how inputs are quantized, as plain JSON values; None where they are not
+    activation: (
+        Any  # how inputs are quantized, as plain JSON values, and arrays where they are in the file; None: they are not
+    )
+    parts: tuple[str, ...] = ()  # keys of a safetensors file that it was put together from
 
 
 def from_object(node: containers.Object, name: str) -> Torchao | None:
@@ -58,7 +63,7 @@ def join_safetensors(tensors: Mapping[str, Any], metadata: Mapping[str, str]) ->
         state = {**fields, **{part: tensors[key] for part, key in keys.items()}}
         made = _build(entry["_type"], state, None, name)
         if made is not None:
-            found[name] = made
+            found[name] = made._replace(parts=tuple(keys.values()))
     return found
 
 
@@ -69,28 +74,39 @@ def part_key(name: str, part: str) -> str:
 
 
 def _build(kind: str, state: Mapping[Any, Any], shape: Any, name: str) -> Torchao | None:
+    if kind in ("MXTensor", "NVFP4Tensor", "Int4Tensor"):
+        weight = block_tensor(kind, state, shape, name)
+        return None if weight is None else Torchao(weight, kind, _activation(state))
     if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"):
         return None
     codes, number_format = _codes(kind, state)
     scale, blocks = _real(state.get("scale")), state.get("block_size")
     if codes is None or number_format is None or scale is None:
-        raise _contradiction(name, f"a {kind} without its qdata or scale")
+        raise contradiction(name, f"a {kind} without its qdata or scale")
     if shape is not None and shape != codes.shape:
-        raise _contradiction(name, f"a {kind} of shape {shape} whose qdata has shape {codes.shape}")
+        raise contradiction(name, f"a {kind} of shape {shape} whose qdata has shape {codes.shape}")
     granularity, wanted = _granularity(codes.shape, blocks, name)
     if scale.size != int(np.prod(wanted, dtype=np.int64)):
-        raise _contradiction(name, f"{scale.size} scales for {granularity} of shape {codes.shape}")
+        raise contradiction(name, f"{scale.size} scales for {granularity} of shape {codes.shape}")
     points = state.get("zero_point")
     points = np.zeros(wanted, np.int32) if points is None else points
     if not isinstance(points, np.ndarray) or points.dtype.kind not in "iu" or points.size != scale.size:
-        raise _contradiction(name, "zero_points that are no integers, one for each scale")
+        raise contradiction(name, "zero_points that are no integers, one for each scale")
     bad = scale[~(np.isfinite(scale) & (scale > 0))]
     if bad.size:
-        raise _contradiction(name, f"a scale of {bad[0]}")
+        raise contradiction(name, f"a scale of {bad[0]}")
     spec = QuantSpec(number_format, symmetric=not bool(np.any(points)), granularity=granularity, convention="torchao")
     weight = QTensor(codes, scale.reshape(wanted), points.astype(np.int32).reshape(wanted), spec)  # type: ignore[arg-type]  # numpy: no copy
-    activation = state.get("act_quant_kwargs", state.get("activation_quantization"))
-    return Torchao(weight, kind, _plain(activation))
+    return Torchao(weight, kind, _activation(state))
+
+
+def _activation(state: Mapping[Any, Any]) -> Any:
+    """How the class quantizes inputs; None where it does not."""
+    found = plain(state.get("act_quant_kwargs", state.get("activation_quantization")))
+    arrays = {
+        name: value for name in STATIC if isinstance(value := state.get(name), np.ndarray) and value.dtype.kind in "fi"
+    }
+    return {**found, **arrays} if isinstance(found, dict) else found
 
 
 def _codes(kind: str, state: Mapping[Any, Any]) -> tuple[np.ndarray | None, Format | None]:
@@ -127,10 +143,10 @@ def _real(value: Any) -> np.ndarray | None:
 def _granularity(shape: tuple[int, ...], blocks: Any, name: str) -> tuple[Granularity, tuple[int, ...]]:
     """Which elements share a scale, and the shape of the scales."""
     if not isinstance(blocks, tuple | list) or len(blocks) != len(shape) or not shape:
-        raise _contradiction(name, f"a block_size of {str(blocks)[:40]} for shape {shape}")
+        raise contradiction(name, f"a block_size of {str(blocks)[:40]} for shape {shape}")
     sizes = tuple(blocks)
     if not all(type(b) is int and b > 0 and n > 0 and n % b == 0 for b, n in zip(sizes, shape, strict=True)):
-        raise _contradiction(name, f"a block_size of {str(blocks)[:40]} for shape {shape}")
+        raise contradiction(name, f"a block_size of {str(blocks)[:40]} for shape {shape}")
     if sizes == shape:
         return PerTensor(), ()
     if sizes == (1, *shape[1:]):
@@ -139,24 +155,3 @@ def _granularity(shape: tuple[int, ...], blocks: Any, name: str) -> tuple[Granul
     if all(b == 1 for b in sizes[:-1]):
         return PerGroup(-1, sizes[-1]), counts
     return PerBlock(sizes), counts
-
-
-def _plain(value: Any) -> Any:
-    """Settings as JSON values: an object is `{"_type": class, "_data": attributes}`, as torchao writes it to safetensors."""
-    if isinstance(value, containers.Object):
-        kind = value.name.rpartition(".")[2]
-        if value.args:  # an enum is called with its value
-            return {"_type": kind, "_data": value.args[0] if isinstance(value.args[0], str | int) else None}
-        return {"_type": kind, "_data": {str(key): _plain(item) for key, item in value.attributes.items()}}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if value is None or isinstance(value, bool | int | float | str) else str(type(value).__name__)
-
-
-def _contradiction(name: str, found: str) -> containers.FormatError:
-    return containers.FormatError(
-        found,
-        expected="a tensor subclass as torchao 0.18 writes it",
-        mend="The file is damaged, or of another version of torchao.",
-        place=f"tensor {quoted(name)}",
-    )
