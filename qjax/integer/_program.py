@@ -216,6 +216,16 @@ class IntegerProgram:
         """Whose kernels the program computes, as `qjax.prepare` was told."""
         return self._prepared.engine
 
+    def dynamic_inputs(self) -> dict[str, QuantSpec]:
+        """The spec of each input whose range is found at each call, by op."""
+        traced, found = self.trace(), dict[str, QuantSpec]()
+        recipe, static = self._prepared.recipe.bind(traced), {op.name for op in self.ops if op.input is not None}
+        for op in traced.graph.ops():
+            observer = None if op.weight is None or op.contraction is None else recipe.observer(op, 1 - op.weight)
+            if observer is not None and observer.dynamic and op.name not in static:
+                found[op.name] = observer.spec
+        return found
+
     def trace(self) -> Trace:
         """The traced function, with the arguments that it was converted with."""
         place = self._prepared.params_argnum

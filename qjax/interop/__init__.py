@@ -6,6 +6,7 @@ from qjax.interop._compare import Comparison, compare
 from qjax.interop._derive import torch_modules
 from qjax.interop._dialects import points
 from qjax.interop._differences import PointDifference
+from qjax.interop._eager_dynamic import eager_dynamic
 from qjax.interop._eager_static import eager_static
 from qjax.interop._explain import Explanation, Point, explain
 from qjax.interop._findings import Finding
@@ -51,6 +52,7 @@ __all__ = [
     "QuantPoint",
     "TorchModule",
     "compare",
+    "eager_dynamic",
     "eager_static",
     "explain",
     "interpret",

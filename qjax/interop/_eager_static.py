@@ -13,6 +13,7 @@ from qjax.interop import _static_checks as checks
 from qjax.interop._derive import FUNCTIONAL, torch_modules
 from qjax.interop._layout import bias_of
 from qjax.interop._modules import ConvModule, Embedding, FloatFunctional, Linear, TorchModule
+from qjax.interop._state_dict import StateDict
 from qjax.transform._trace import Trace
 
 _CALLER = "eager_static"
@@ -89,7 +90,7 @@ def eager_static(
         checks.check_kernel(op, integer, engine, _CALLER)
     checks.warn_of_engine(integer, _CALLER)
     _check_operands(traced, integer, functional)
-    state = _State()
+    state = StateDict()
     for name, op in _entries(integer, functional, quantize).items():
         assert op.input is not None
         scale, zero_point = checks.point_of(op.input, "input", op.name, engine, _CALLER)
@@ -107,22 +108,10 @@ def eager_static(
             state.versions[f"{module.name}.activation_post_process"] = {"version": 1}
         else:
             _add_module(state, ops[name], module, weights[name])
-    return Record(state.tensors, metadata=state.versions)
+    return state.record()
 
 
-class _State:
-    """A state dict in the making."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Any] = {}
-        self.versions: dict[str, dict[str, int]] = {"": {"version": 1}}
-
-    def add(self, module: str, values: Mapping[str, Any], version: int) -> None:
-        self.tensors.update({f"{module}.{key}": value for key, value in values.items()})
-        self.versions[module] = {"version": version}
-
-
-def _add_module(state: _State, op: IntegerOp, module: TorchModule, weight: Any) -> None:
+def _add_module(state: StateDict, op: IntegerOp, module: TorchModule, weight: Any) -> None:
     if isinstance(module, Embedding):
         dtype = Global("torch.quint8" if weight.spec.format.bits == 8 else "torch.quint4x2")
         state.add(module.name, {"_packed_params.dtype": dtype, "_packed_params._packed_weight": weight}, 1)
