@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
+import qjax
 from docs import generate_conventions
+from qjax import _cli
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,8 +27,9 @@ def test_the_page_tells_conventions_apart():
         assert len({row[column] for row in rows}) > 1
 
 
-@pytest.mark.parametrize("name", ["learned_quantizers.md", "integer_programs.md"])
-def test_the_code_on_a_page_runs_and_prints_what_it_says(name):
+@pytest.mark.parametrize("name", ["learned_quantizers.md", "integer_programs.md", "pytorch_outputs.md"])
+def test_the_code_on_a_page_runs_and_prints_what_it_says(name, monkeypatch):
+    monkeypatch.chdir(DOCS.parent)  # pages name files as a reader in the repository does
     page = (DOCS / name).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     printed, names = io.StringIO(), {}
@@ -38,3 +41,32 @@ def test_the_code_on_a_page_runs_and_prints_what_it_says(name):
         for block in blocks:
             exec(compile(block, name, "exec"), names)
     assert printed.getvalue().splitlines() == re.findall(r"# → (.*)", page)
+
+
+@pytest.mark.parametrize("name", ["pytorch_outputs.md"])
+def test_the_commands_on_a_page_print_what_it_says(name, monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    blocks = re.findall(
+        r"```console\n\$ qjax ([^\n]*)\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert blocks
+    for command, printed in blocks:
+        _cli.main(command.split())
+        assert capsys.readouterr().out == printed, command
+
+
+def test_the_samples_of_the_page_are_what_torch_makes(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
+    from docs.samples import make_samples
+    from tests.torch_engine import torch_engine
+
+    monkeypatch.setattr(make_samples, "HERE", tmp_path)
+    with torch_engine("fbgemm"):
+        make_samples.main()
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == sorted(path.name for path in (DOCS / "samples").glob("*.*") if path.suffix in (".pt", ".npy"))
+    for name in made:
+        if name.endswith(".pt"):
+            assert qjax.interop.compare(DOCS / "samples" / name, tmp_path / name).equal, name
+        else:
+            assert (DOCS / "samples" / name).read_bytes() == (tmp_path / name).read_bytes()

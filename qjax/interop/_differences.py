@@ -284,7 +284,8 @@ def _scale_rule(a: QuantPoint, b: QuantPoint) -> str | None:
     rule = _rule_of(found, bits, fused=fused)
     if rule is None or not moved.any():
         return rule
-    return f"{rule}; in {np.count_nonzero(moved)} channels of one sign the fused kernel moves the zero_point, too"
+    count = np.count_nonzero(moved)
+    return f"{rule}; in channels whose weights have one sign ({count} here) the fused kernel moves zero_point, too"
 
 
 def _rule_of(found: np.ndarray, bits: int, *, fused: bool) -> str | None:
