@@ -10,6 +10,7 @@ from qjax.interop._eager_dynamic import eager_dynamic
 from qjax.interop._eager_static import eager_static
 from qjax.interop._explain import Explanation, Point, explain
 from qjax.interop._findings import Finding
+from qjax.interop._fx_reference import fx_reference
 from qjax.interop._interpret import interpret
 from qjax.interop._load_prepared import PreparedState, load_prepared
 from qjax.interop._modules import (
@@ -55,6 +56,7 @@ __all__ = [
     "eager_dynamic",
     "eager_static",
     "explain",
+    "fx_reference",
     "interpret",
     "load",
     "load_prepared",

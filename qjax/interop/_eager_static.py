@@ -10,11 +10,10 @@ import numpy as np
 from qjax.containers import Global, Record
 from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop import _static_checks as checks
-from qjax.interop._derive import FUNCTIONAL, torch_modules
+from qjax.interop._derive import torch_modules
 from qjax.interop._layout import bias_of
 from qjax.interop._modules import ConvModule, Embedding, FloatFunctional, Linear, TorchModule
 from qjax.interop._state_dict import StateDict
-from qjax.transform._trace import Trace
 
 _CALLER = "eager_static"
 
@@ -73,8 +72,7 @@ def eager_static(
     """
     checks.check_modules(integer, {} if modules is None else modules, _CALLER)
     ops = {op.name: op for op in integer.ops}
-    traced = integer.trace()
-    functional = _functional(traced, integer)
+    functional = checks.functional_ops(integer, _CALLER)
     modules = torch_modules(integer) if modules is None else modules
     checks.check_names(modules, {name: op.kind for name, op in ops.items()} | functional, _CALLER)
     engine = checks.engine_of(integer) or "x86"
@@ -89,7 +87,7 @@ def eager_static(
         checks.point_of(op.output, "output", op.name, engine, _CALLER)
         checks.check_kernel(op, integer, engine, _CALLER)
     checks.warn_of_engine(integer, _CALLER)
-    _check_operands(traced, integer, functional)
+    checks.check_operands(integer, functional, _CALLER)
     state = StateDict()
     for name, op in _entries(integer, functional, quantize).items():
         assert op.input is not None
@@ -129,32 +127,6 @@ def _add_module(state: StateDict, op: IntegerOp, module: TorchModule, weight: An
     parts = {"_packed_params.dtype": Global("torch.qint8"), "_packed_params._packed_params": packed}
     state.add(module.name, output | parts, 3)
     state.versions[f"{module.name}._packed_params"] = {"version": 3}
-
-
-def _functional(traced: Trace, program: IntegerProgram) -> dict[str, str]:
-    """The kinds of the elementwise ops whose output is quantized, by name."""
-    found = {
-        op.name: op.kind for op in traced.graph.ops() if op.is_elementwise and f"{op.name}/output" in program.points
-    }
-    for name, kind in found.items():
-        if kind not in FUNCTIONAL:
-            raise ValueError(
-                f"{_CALLER}: the output of {name}, a {kind}, is quantized; of elementwise ops torch's eager models have "
-                "quantized additions and products. Leave it in float, with the part of the model around it."
-            )
-    return found
-
-
-def _check_operands(traced: Trace, program: IntegerProgram, functional: Mapping[str, str]) -> None:
-    outputs = {op.name: op.output_quantizer for op in program.ops if op.output_quantizer is not None}
-    quantizers = checks.operand_quantizers(traced.graph, outputs | {name: f"{name}/output" for name in functional})
-    for name in functional:
-        if len(quantizers[name]) != 2 or None in quantizers[name]:
-            raise ValueError(
-                f"{_CALLER}: an operand of {name} is a float; torch's quantized {functional[name]} takes codes. Quantize what "
-                "makes it: a rule with output=qjax.QuantSpec(qjax.uint8) for the op that it comes from, with only pools, "
-                "reshapes and a ReLU between the two."
-            )
 
 
 def _entries(

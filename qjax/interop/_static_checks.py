@@ -13,6 +13,7 @@ from qjax._quantize import QTensor
 from qjax._requantize import kernel_of
 from qjax._spec import QuantSpec
 from qjax.integer import IntegerOp, IntegerProgram
+from qjax.interop._derive import FUNCTIONAL
 from qjax.interop._layout import layout_of
 from qjax.interop._modules import ConvModule, TorchModule
 from qjax.transform._contraction import Conv
@@ -220,3 +221,30 @@ def operand_quantizers(graph: Graph, outputs: Mapping[str, str]) -> dict[str, li
                 made[node.outputs[0]] = operands[0]
             made.update({value: ends[value] for value in node.outputs if value in ends})
     return found
+
+
+def functional_ops(program: IntegerProgram, caller: str) -> dict[str, str]:
+    """The kinds of the elementwise ops whose output is quantized, by name."""
+    ops = [op for op in program.trace().graph.ops() if op.is_elementwise]
+    found = {op.name: op.kind for op in ops if f"{op.name}/output" in program.points}
+    for name, kind in found.items():
+        if kind not in FUNCTIONAL:
+            raise ValueError(
+                f"{caller}: the output of {name}, a {kind}, is quantized; of elementwise ops torch's models have "
+                "quantized additions and products. Leave it in float, with the part of the model around it."
+            )
+    return found
+
+
+def check_operands(program: IntegerProgram, functional: Mapping[str, str], caller: str) -> None:
+    """Raise unless both operands of each addition and product are codes."""
+    outputs = {op.name: op.output_quantizer for op in program.ops if op.output_quantizer is not None}
+    outputs |= {name: f"{name}/output" for name in functional}
+    quantizers = operand_quantizers(program.trace().graph, outputs)
+    for name in functional:
+        if len(quantizers[name]) != 2 or None in quantizers[name]:
+            raise ValueError(
+                f"{caller}: an operand of {name} is a float; torch's quantized {functional[name]} takes codes. Quantize what "
+                "makes it: a rule with output=qjax.QuantSpec(qjax.uint8) for the op that it comes from, with only pools, "
+                "reshapes and a ReLU between the two."
+            )
