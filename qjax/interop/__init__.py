@@ -28,6 +28,7 @@ from qjax.interop._modules import (
 from qjax.interop._plot import plot
 from qjax.interop._points import Origin, PointTable, QuantPoint
 from qjax.interop._save_compressed import save_compressed_tensors
+from qjax.interop._save_torchao import save_torchao
 from qjax.interop._write_prepared import ptq_prepared, qat_prepared
 
 __all__ = [
@@ -67,5 +68,6 @@ __all__ = [
     "qat_prepared",
     "save",
     "save_compressed_tensors",
+    "save_torchao",
     "torch_modules",
 ]

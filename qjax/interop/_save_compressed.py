@@ -15,19 +15,16 @@ from qjax._qparams import QParams
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.containers._atomic import replace_folder
-from qjax.integer import IntegerOp, IntegerProgram
+from qjax.integer import IntegerProgram
 from qjax.interop._compressed_config import METHOD
 from qjax.interop._compressed_weights import Written, write_activation, write_weight
-from qjax.interop._derive import torch_modules
 from qjax.interop._dialect import member, split
-from qjax.interop._layout import bias_of, layout_of
-from qjax.interop._modules import Embedding, Linear, TorchModule
+from qjax.interop._modules import TorchModule
+from qjax.interop._program_weights import Input, weights_of_program
 
 _RELEASE = "0.20.0"  # whose layout this is
 _CALLER = "save_compressed_tensors"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-
-Input = QuantSpec | tuple[QuantSpec, QParams]
 
 
 def save_compressed_tensors(
@@ -95,7 +92,7 @@ def save_compressed_tensors(
       compressed-tensors, `compressors/`, `quantization/quant_config.py`.
     """
     if isinstance(program, IntegerProgram):
-        held, found = _of_program(program, modules)
+        held, found = weights_of_program(program, modules, _CALLER)
     elif isinstance(program, Mapping):
         if modules is not None:
             raise TypeError(f"{_CALLER}: modules are for a converted program; a mapping has torch's names already.")
@@ -135,56 +132,6 @@ def _config_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{_CALLER}: the {_CONFIG} in {os.fspath(folder)} is no JSON. Give config=..., or remove it."
         ) from error
     return found if isinstance(found, dict) else {}
-
-
-def _of_program(
-    program: IntegerProgram, modules: Mapping[str, TorchModule] | None
-) -> tuple[dict[str, Any], dict[str, Input]]:
-    """Weights and biases by torch's names, and the inputs of the modules."""
-    modules = torch_modules(program) if modules is None else modules
-    if not isinstance(modules, Mapping) or not all(isinstance(each, TorchModule) for each in modules.values()):
-        raise TypeError(
-            f"{_CALLER}: modules must map the names of ops to modules, such as {{'Dense_0': qjax.interop.Linear('fc1')}}."
-        )
-    ops = {op.name: op for op in program.ops}
-    for name in modules.keys() ^ ops.keys():
-        what = "has no op" if name in modules else "has an op that modules does not name,"
-        raise ValueError(f"{_CALLER}: the program {what} {name!r}; its ops are {', '.join(ops)}.")
-    traced = program.trace()
-    bound = program._prepared.recipe.bind(traced)
-    nodes = {op.name: op for op in traced.graph.ops()}
-    held: dict[str, Any] = {}
-    inputs: dict[str, Input] = {}
-    for name, op in ops.items():
-        module = modules[name]
-        if not isinstance(module, Linear | Embedding):
-            raise ValueError(
-                f"{_CALLER}: {name} becomes a {module.kind}; compressed-tensors quantizes Linear and Embedding. Leave it in "
-                "float."
-            )
-        if op.steps:
-            raise ValueError(
-                f"{_CALLER}: op {name!r} stands for {' x '.join(map(str, op.steps))} layers, the steps of a scan, and a "
-                "module is one layer. Write the layers of the function out as a Python loop, and convert that."
-            )
-        weight = layout_of(op, module, _CALLER).tensor(op.weight)
-        if member(module.name, "weight") in held:
-            raise ValueError(f"{_CALLER}: two ops become the module {module.name!r}.")
-        held[member(module.name, "weight")] = weight
-        bias = bias_of(op, op.bias, weight.codes.shape[0], _CALLER)
-        if bias is not None:
-            held[member(module.name, "bias")] = bias
-        how = _input_of(op, bound, nodes[name])
-        if how is not None:
-            inputs[module.name] = how
-    return held, inputs
-
-
-def _input_of(op: IntegerOp, bound: Any, node: Any) -> Input | None:
-    if op.input is not None:
-        return op.input
-    observer = bound.observer(node, 1 - op.weight_operand) if op.kind != "embedding" else None
-    return observer.spec if observer is not None and observer.dynamic else None
 
 
 def _checked_inputs(inputs: Any, held: Mapping[str, Any]) -> dict[str, Input]:
