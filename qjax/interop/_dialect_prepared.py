@@ -20,7 +20,7 @@ _RANGE = "convert() computes it from min_val and max_val of the observer"
 _SEARCH = "convert() searches it in the observer's histogram, for the least squared error"
 _WEIGHT = "convert() computes it from the float weight in the file"
 _FIXED = "a file of observers holds no dtype; this one's scale is fixed by its op"
-_BROKEN = "min_val exceeds max_val: the file is damaged"
+_BROKEN = "min_val exceeds max_val, or the histogram has counts that are negative or not finite: the file is damaged"
 
 
 class Prepared:

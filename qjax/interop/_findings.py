@@ -122,7 +122,7 @@ def _one_batch(points: Sequence[Point], unknown: Sequence[QuantPoint], contents:
             continue
         counts = found.histogram
         # A later batch that widens the range spreads the old counts over 16 parts of each bin.
-        if bool(np.any(counts != np.rint(counts))):
+        if not bool(np.all((counts == np.rint(counts)) & np.isfinite(counts))):
             return
         name = observer.removesuffix(f".{OBSERVER}") if observer != OBSERVER else "the model"
         whole.append((name, f"{int(counts.sum(dtype=np.float64))} values"))

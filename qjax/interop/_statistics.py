@@ -96,11 +96,13 @@ def range_qparams(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> Found:
 
 
 def observed_qparams(stats: Statistics, spec: QuantSpec) -> Found | None:
-    """What torch's `calculate_qparams` gives: the search over a histogram, or the range as it is; None of no range."""
+    """What torch's `calculate_qparams` gives: the search over a histogram, or the range; None where they are damaged."""
     low, high = stats.min_val, stats.max_val
     if not stats.seen or bool(np.any(low > high)):
         return None
     if stats.histogram is not None:
+        if not bool(np.all((stats.histogram >= 0) & (stats.histogram < np.inf))):
+            return None
         observer = observers.histogram(spec, bins=stats.histogram.size)
         return _on_host(observer.qparams(HistogramState(*map(jnp.asarray, (stats.histogram, low, high)))))
     return range_qparams(low, high, spec)

@@ -82,6 +82,16 @@ def test_histograms_of_many_sizes_are_refused(tmp_path):
         qjax.interop.points(qjax.interop.load(tmp_path / "many.pt"))
 
 
+@pytest.mark.parametrize("count", [-1, np.inf, -np.inf, np.nan])
+def test_a_histogram_of_counts_that_cannot_be(tmp_path, count):
+    qjax.interop.save(tmp_path / "a.pt", state("a", None, histogram=np.array([3, count, 2], np.float32)))
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    (point,) = qjax.interop.points(checkpoint)
+    assert (point.scale, point.qparams_from.kind) == (None, "unknown")
+    assert "the file is damaged" in point.qparams_from.detail
+    assert "the file is damaged" in str(qjax.interop.explain(checkpoint)).replace("\n", " ")
+
+
 def test_ranges_of_many_numbers_of_channels_are_compiled_for_once(tmp_path, caplog):
     import logging
 

@@ -168,7 +168,7 @@ OBSERVER = {"eps": np.ones(1, F), "min_val": F(-1), "max_val": F(2)}
         ({"histogram": np.ones(0, F)}, ["observer"]),
         ({"histogram": np.ones((4, 4), F)}, ["observer"]),
         ({"histogram": np.zeros(64, F)}, ["observer"]),
-        ({"histogram": np.full(64, np.nan, F)}, ["observer"]),
+        ({"histogram": np.full(64, np.nan, F)}, ["unknown"]),
     ],
 )
 def test_observers_that_contradict_themselves(tmp_path, buffers, kinds):
