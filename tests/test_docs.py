@@ -27,7 +27,9 @@ def test_the_page_tells_conventions_apart():
         assert len({row[column] for row in rows}) > 1
 
 
-@pytest.mark.parametrize("name", ["learned_quantizers.md", "integer_programs.md", "pytorch_outputs.md"])
+@pytest.mark.parametrize(
+    "name", ["learned_quantizers.md", "integer_programs.md", "pytorch_outputs.md", "qat_round_trip.md"]
+)
 def test_the_code_on_a_page_runs_and_prints_what_it_says(name, monkeypatch):
     monkeypatch.chdir(DOCS.parent)  # pages name files as a reader in the repository does
     page = (DOCS / name).read_text(encoding="utf-8")

@@ -170,6 +170,15 @@ def _observer_state(site: Site, path: str, buffers: Buffers) -> Any:
             place=place(f"{path}.min_val"),
             mend=_OTHER_RECIPE,
         )
+    seen = not unseen and not bool(np.all((low == np.inf) & (high == -np.inf)))
+    if seen and not isinstance(quantizer, FusedMovingAverage) and bool(np.any(low > high)):
+        at = int(np.argmax(low > high))
+        raise FormatError(
+            f"a min_val of {low.reshape(-1)[at]} above the max_val of {high.reshape(-1)[at]}",
+            expected="a range, as observers see them",
+            place=place(f"{path}.min_val"),
+            mend="The file is damaged.",
+        )
     if unseen:
         low, high = np.full(shape, np.inf, np.float32), np.full(shape, -np.inf, np.float32)
     ends = jnp.asarray(low), jnp.asarray(high)
@@ -180,7 +189,6 @@ def _observer_state(site: Site, path: str, buffers: Buffers) -> Any:
     if isinstance(quantizer, MinMax):
         return MinMaxState(*ends)
     # How many updates there were is in no file: it matters for the first one, and as a weight where states are merged.
-    seen = not unseen and (site.size is not None or not (low == np.inf and high == -np.inf))
     return MovingAverageState(*ends, jnp.int32(seen))
 
 
@@ -239,6 +247,11 @@ def _learned(site: Site, lsq: LSQ, buffers: Buffers) -> tuple[EstimatorVars, Fla
     shape = () if site.size is None else (site.size,)
     scale = buffers.floats(f"{site.path}.scale", shape=shape or (1,), mend=_OTHER_RECIPE).reshape(shape)
     points = buffers.floats(f"{site.path}.zero_point", shape=shape or (1,))
+    bad = scale[~(np.isfinite(scale) & (scale > 0))]
+    if bad.size:
+        raise FormatError(
+            f"a scale of {bad[0]}", expected="a positive and finite float32", place=place(f"{site.path}.scale")
+        )
     if np.any(points):
         raise FormatError(
             f"a zero_point of {points[np.argmax(points != 0)]}",
@@ -247,12 +260,8 @@ def _learned(site: Site, lsq: LSQ, buffers: Buffers) -> tuple[EstimatorVars, Fla
             mend="LSQ learns the scale alone. Use a symmetric qscheme in torch.",
         )
     # What calibration saw is not in the file. Calibrating on starts from this scale, as if it had seen one value.
-    largest = math.sqrt(lsq.spec.quant_max)
-    state = LSQState(
-        jnp.asarray(scale * np.float32(largest / 2)),
-        jnp.asarray(scale * np.float32(lsq.spec.quant_max)),
-        jnp.ones(shape),
-    )
+    mean, largest = math.sqrt(lsq.spec.quant_max) / 2, lsq.spec.quant_max
+    state = LSQState(*(jnp.asarray(scale) * jnp.float32(factor) for factor in (mean, largest)), jnp.ones(shape))
     return EstimatorVars({"scale": jnp.asarray(scale)}, state), (True, True)
 
 
@@ -266,7 +275,9 @@ def write_site(site: Site, state: Any, stage: Stage, flags: Flags) -> dict[str, 
     own = {f"{OBSERVER}.{name}": value for name, value in _observer_buffers(site, state).items()}
     if isinstance(site.quantizer, LSQ):
         flag = lambda on: np.asarray([on], np.uint8)  # noqa: E731
-        scale = np.asarray(state.params["scale"], np.float32).reshape(-1)
+        scale = np.asarray(site.quantizer.qparams(state).scale).reshape(
+            -1
+        )  # what torch makes of a negative one differs
         return {
             "scale": scale,
             "zero_point": np.zeros_like(scale),

@@ -197,10 +197,9 @@ class _Writer:
         self, module: Module, mode: str, batches: int, state: dict[str, Any], versions: dict[str, dict[str, int]]
     ) -> None:
         versions[module.name] = {"version": module.version}
-        start = module.tensors[0].key.rpartition(".")[0]
-        if start != module.name:
-            versions[start] = {"version": 1}
         for tensor in module.tensors:
+            start = tensor.key.rpartition(".")[0]  # the module, or the layer in one that is fused
+            versions.setdefault(start, {"version": 1})
             if isinstance(tensor, Fixed):
                 state[tensor.key] = np.full((tensor.size,), tensor.value, np.float32)
                 continue
@@ -212,7 +211,7 @@ class _Writer:
             key = f"{module.bn}.num_batches_tracked"
             before = 0 if self._like is None else np.asarray(self._like.get(key, 0))
             state[key] = np.asarray(before + batches, np.int64)
-            versions[module.bn] = {"version": 2}
+            versions[module.bn] = {"version": 2}  # of batch norms
         for site in module.sites:
             self._add_site(site, mode, state, versions)
 

@@ -2,10 +2,12 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import qjax
 from qjax import containers, observers
@@ -119,6 +121,7 @@ DAMAGES = {
         {f"{OBSERVER}.min_val": np.float32(0), f"{OBSERVER}.max_val": np.float32(1)},
         r"a range of shape \(\) and \(\); expected \(5,\) for fc1/weight"),
     "ends of two shapes": ({f"{OBSERVER}.min_val": np.zeros(4, np.float32)}, r"range of shape \(4,\) and \(5,\)"),
+    "ends that cross": ({f"{OBSERVER}.min_val": np.full(5, 9, np.float32)}, None),  # the fused kernel does not mind
     "no range": ({f"{OBSERVER}.min_val": None}, "no .*min_val.*It has no observer in torch"),
     "another eps": ({f"{OBSERVER}.eps": np.asarray([2.0**-12], np.float32)}, "eps 0.000244.*expected 1.19.*QuantSpec"),
     "a flag of two": ({f"{FAKE}.observer_enabled": np.asarray([2])}, "expected a flag, 0 or 1"),
@@ -138,6 +141,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_does_not_fit(tmp_path, name):
     changes, message = DAMAGES[name]
+    message = message or "found scale"
     state = dict(record()) | changes
     state = {key: value for key, value in state.items() if value is not None}
     with pytest.raises(containers.FormatError, match=message) as caught:
@@ -173,6 +177,15 @@ def test_fewer_quantizers_than_the_recipe_wants(tmp_path):
         containers.FormatError, match=r"no head.fc2.activation_post_process.*not fake-quantized in torch"
     ):
         read(tmp_path, state)
+
+
+@pytest.mark.parametrize("recipe", [OLD, STATIC], ids=["v0", "static"])
+def test_ends_that_cross(tmp_path, recipe):
+    state = dict(record(recipe))
+    (key,) = (key for key in state if key.startswith("fc1.activation") and key.endswith("min_val"))
+    state[key] = np.float32(99)
+    with pytest.raises(containers.FormatError, match=r"fc1.*min_val'.*a min_val of 99.0 above the max_val of"):
+        read(tmp_path, state, recipe)
 
 
 def test_files_of_other_dialects(tmp_path):
@@ -287,3 +300,98 @@ def test_an_op_in_a_scan_is_no_module():
     stacked = {"fc1": {"w": jnp.ones((3, 4, 4))}}
     with pytest.raises(ValueError, match="stands for 3 layers, the steps of a scan"):
         qat_prepared(prepared, prepared.init(stacked, X), stacked, modules={"fc1": Linear("fc1")})
+
+
+def filled(tree):
+    """Other numbers in the place of those of a tree."""
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), tree)
+
+
+class Convolutional(nn.Module):
+    """A convolution, a depthwise one and a dense layer, each with a batch norm; another dense layer and an addition."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm()(nn.Conv(4, (3, 3), padding=1, use_bias=False)(x)))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(norm(use_scale=False)(nn.Conv(4, (3, 3), padding=1, feature_group_count=4)(x)))
+        x = norm()(nn.Dense(6)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(6)(x) + x
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_linen_in_training_and_in_inference(tmp_path, train):
+    """Modules are derived; statistics are found in either; an addition is a FloatFunctional."""
+    net, x = Convolutional(), jax.random.normal(jax.random.key(0), (8, 4, 6, 2))
+    variables = net.init(jax.random.key(1), x)
+    fn = lambda variables, x, train: net.apply(variables, x, train, mutable=["batch_stats"])  # noqa: E731
+    qat = qjax.recipes.torch_qat("x86", batch_norm="fold_if_present")
+    recipe = qjax.Recipe([*qat.rules, qjax.Rule(".*", kind="add", output=qat.rules[0].output)])
+    prepared = qjax.prepare(fn, recipe)
+    variables, qvars = filled(variables), prepared.init(variables, x, train)
+    seen = observers.MovingAverageState(jnp.float32(-1), jnp.float32(3), jnp.int32(1))
+    qvars = qvars.updated({"Convolutional/add/output": seen})
+    modules = qjax.interop.torch_modules(prepared, variables, x, train, names=str.lower) | {
+        "Convolutional/add": qjax.interop.FloatFunctional("skip")
+    }
+    state = qat_prepared(prepared, qvars, variables, modules=modules)
+    found = {key: value.shape for key, value in state.items() if "fake_quant" not in key and "process" not in key}
+    layers = {"conv_0": (4, 2, 3, 3), "conv_1": (4, 1, 3, 3), "dense_0": (6, 24), "dense_1": (6, 6)}
+    wanted = {f"{name}.weight": shape for name, shape in layers.items()}
+    wanted |= {f"{name}.bias": shape[:1] for name, shape in layers.items() if name != "conv_0"}
+    for name in ("conv_0", "conv_1", "dense_0"):
+        wanted |= {f"{name}.bn.{key}": layers[name][:1] for key in ("weight", "bias", "running_mean", "running_var")}
+        wanted[f"{name}.bn.num_batches_tracked"] = ()
+    assert found == wanted
+    assert {key for key in state if key.startswith("skip")} > {"skip.activation_post_process.scale"}
+    np.testing.assert_array_equal(state["conv_1.bn.weight"], np.ones(4), "the layer has no scale of its own")
+    stats = variables["batch_stats"]["BatchNorm_0"]
+    assert_same_bits(state["conv_0.bn.running_mean"], np.asarray(stats["mean"]))
+    assert_same_bits(state["conv_0.bn.running_var"], np.asarray(stats["var"]))
+    qjax.interop.save(tmp_path / "a.pt", state)
+    blank = jax.tree.map(jnp.zeros_like, variables)
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    back = load_prepared(checkpoint, prepared, blank, x, train, modules=modules)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), back.params, variables))
+    assert back.qvars.state["Convolutional/add/output"] == seen
+    scaled = dict(state) | {"conv_1.bn.weight": np.full(4, 2, np.float32)}
+    qjax.interop.save(tmp_path / "b.pt", scaled)
+    with pytest.raises(
+        containers.FormatError, match=r"expected 1.0 throughout.*no parameter for it.*Give the batch norm"
+    ):
+        load_prepared(qjax.interop.load(tmp_path / "b.pt"), prepared, blank, x, train, modules=modules)
+    if train:
+        with pytest.raises(
+            ValueError, match=r"does not say what op 'Convolutional/add' becomes. Add a FloatFunctional"
+        ):
+            qat_prepared(prepared, qvars, variables)
+
+
+def test_nnx(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(2, 4, (3, 3), padding=1, rngs=rngs)
+            self.bn = nnx.BatchNorm(4, rngs=rngs)
+            self.fc = nnx.Linear(96, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.bn(self.conv(x)))
+            return self.fc(x.reshape(x.shape[0], -1))
+
+    graph, params = nnx.split(Net(nnx.Rngs(0)))
+
+    def fn(params, x):
+        net = nnx.merge(graph, params)
+        return net(x), nnx.state(net)
+
+    prepared = qjax.prepare(fn, qjax.recipes.torch_qat("x86", batch_norm="fold_if_present"))
+    x = jax.random.normal(jax.random.key(0), (8, 4, 6, 2))
+    qvars, params = prepared.init(params, x), filled(params)
+    qjax.interop.save(tmp_path / "a.pt", qat_prepared(prepared, qvars, params))
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    assert checkpoint["conv.bn.running_mean"].shape == (4,)
+    state = load_prepared(checkpoint, prepared, jax.tree.map(jnp.zeros_like, params), x)
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, params))
