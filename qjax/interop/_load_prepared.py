@@ -36,6 +36,7 @@ def load_prepared(
     *args: Any,
     modules: Mapping[str, TorchModule] | None = None,
     quantize: str | None = "quant",
+    observers: Mapping[str, str] | None = None,
 ) -> PreparedState:
     """Read a checkpoint of torch's `prepare_qat`, or of its `prepare`, to train or to calibrate on in JAX.
 
@@ -59,6 +60,8 @@ def load_prepared(
         `FloatFunctional`.)
       quantize: The name of torch's `QuantStub`, which the quantizers of the function's input belong to; None where the input
         is not quantized.
+      observers: Where quantizers are in torch if not in their module, by quantizer: of graph modules (`prepare_qat_fx`)
+        `{"Conv_0/input": "activation_post_process_0"}`.
 
     Returns:
       `PreparedState(params, qvars, mode)`. Go on with `prepared(qvars, params, x, mode=mode)`.
@@ -97,7 +100,9 @@ def load_prepared(
                 expected="one that torch's prepare_qat or prepare has put observers in",
                 mend="Save the state_dict of the model before it is converted.",
             )
-        plan = plan_of(prepared, args, modules, quantize=quantize, stage=stage, caller="load_prepared")
+        plan = plan_of(
+            prepared, args, modules, quantize=quantize, observers=observers, stage=stage, caller="load_prepared"
+        )
         return _read(checkpoint, prepared, args, plan, stage)
     except FormatError as error:
         error.locate(file=checkpoint.path)
@@ -107,10 +112,19 @@ def load_prepared(
 def _read(checkpoint: Checkpoint, prepared: Prepared, args: Any, plan: ModelPlan, stage: Stage) -> PreparedState:
     buffers = Buffers(checkpoint, set())
     leaves, tree = jax.tree.flatten(args[prepared.params_argnum])
+    shared: dict[int, np.ndarray] = {}
     for tensor in plan.tensors():
         value = _value(tensor, plan, buffers)
         if isinstance(tensor, Tensor):
-            leaves[tensor.leaf] = jnp.asarray(tensor.from_torch(value))
+            leaf = tensor.from_torch(value)
+            if not np.array_equal(shared.setdefault(tensor.leaf, leaf), leaf, equal_nan=True):
+                raise FormatError(
+                    "other numbers than in another of its tensors",
+                    expected=f"the same, since both are the parameter {tensor.path}",
+                    place=place(tensor.key),
+                    mend="Give the ops parameters of their own, or tie the weights in torch, too.",
+                )
+            leaves[tensor.leaf] = jnp.asarray(leaf)
         elif np.any(value != np.float32(tensor.value)):
             raise FormatError(
                 "other numbers",

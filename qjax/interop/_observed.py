@@ -260,8 +260,8 @@ def _learned(site: Site, lsq: LSQ, buffers: Buffers) -> tuple[EstimatorVars, Fla
             mend="LSQ learns the scale alone. Use a symmetric qscheme in torch.",
         )
     # What calibration saw is not in the file. Calibrating on starts from this scale, as if it had seen one value.
-    mean, largest = math.sqrt(lsq.spec.quant_max) / 2, lsq.spec.quant_max
-    state = LSQState(*(jnp.asarray(scale) * jnp.float32(factor) for factor in (mean, largest)), jnp.ones(shape))
+    found, largest = jnp.asarray(scale), float(lsq.spec.quant_max)
+    state = LSQState(found * jnp.float32(math.sqrt(largest) / 2), found * jnp.float32(largest), jnp.ones(shape))
     return EstimatorVars({"scale": jnp.asarray(scale)}, state), (True, True)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax._granularity import PerChannel, PerTensor
@@ -72,8 +73,6 @@ class ModelPlan:
 
     entry: Site | None  # the model's QuantStub
     modules: tuple[Module, ...]
-    spare: frozenset[str]  # quantizers that have nothing to do with these arguments
-    untouched: tuple[str, ...]  # quantizers that torch has nowhere, being found anew: dynamic ones
 
     def sites(self) -> Iterator[Site]:
         """All of them, in torch's order."""
@@ -88,7 +87,7 @@ class ModelPlan:
             yield from module.tensors
 
 
-def check_arguments(prepared: Any, modules: Any, caller: str) -> None:
+def check_arguments(prepared: Any, modules: Any, observers: Any, caller: str) -> None:
     """Raise TypeError where one is something else."""
     if not isinstance(prepared, Prepared):
         raise TypeError(f"{caller}: prepared must come from qjax.prepare, got {type(prepared).__name__}.")
@@ -100,6 +99,14 @@ def check_arguments(prepared: Any, modules: Any, caller: str) -> None:
             f"{caller}: modules must map the names of ops to Conv2d and Linear, such as "
             f"{{'Dense_0': qjax.interop.Linear('fc1')}}; got {modules!r}."
         )
+    if observers is not None and (
+        not isinstance(observers, Mapping)
+        or not all(isinstance(key, str) and isinstance(path, str) for key, path in observers.items())
+    ):
+        raise TypeError(
+            f"{caller}: observers must map quantizers to torch's modules, such as "
+            f"{{'Dense_0/output': 'activation_post_process_1'}}; got {observers!r}."
+        )
 
 
 def plan_of(
@@ -108,6 +115,7 @@ def plan_of(
     modules: Mapping[str, TorchModule] | None,
     *,
     quantize: str | None,
+    observers: Mapping[str, str] | None,
     stage: Stage,
     caller: str,
 ) -> ModelPlan:
@@ -117,22 +125,30 @@ def plan_of(
       TypeError: prepared or modules is something else.
       ValueError: An op is missing in modules or unknown, or torch has no module for what it is or how it is quantized.
     """
-    check_arguments(prepared, modules, caller)
+    check_arguments(prepared, modules, observers, caller)
     if modules is None:
         modules = torch_modules(prepared, *args)
-    return _Planner(prepared, args, modules, stage, caller).plan(quantize)
+    return _Planner(prepared, args, modules, observers or {}, stage, caller).plan(quantize)
 
 
 class _Planner:
     def __init__(
-        self, prepared: Prepared, args: Sequence[Any], modules: Mapping[str, TorchModule], stage: Stage, caller: str
+        self,
+        prepared: Prepared,
+        args: Sequence[Any],
+        modules: Mapping[str, TorchModule],
+        observers: Mapping[str, str],
+        stage: Stage,
+        caller: str,
     ) -> None:
-        self._modules, self._caller = modules, caller
+        self._modules, self._observers, self._caller = modules, observers, caller
         self._stage: Stage = stage
         params = args[prepared.params_argnum]
         self._paths = leaf_paths([params], 0)
         self._leaves = {path: index for index, path in self._paths.items()}
-        self._shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
+        leaves = jax.tree.leaves(params)
+        self._shapes = [np.shape(leaf) for leaf in leaves]
+        self._dtypes = [jax.dtypes.result_type(leaf) for leaf in leaves]
         self._plain = prepared.trace(*args, fold=False)
         self._traced = prepared.trace(*args)
         recipe = prepared.recipe.bind(self._traced)
@@ -140,7 +156,6 @@ class _Planner:
         interpreter = Interpreter(Plan(recipe, "init", prepared.compute), {})
         interpreter.run_abstractly(self._traced.graph, prepared.array_leaves(args))
         self._observed = interpreter.observed
-        self._spare = frozenset(interpreter.spare) - set(interpreter.observed)
         self._check()
 
     def _error(self, text: str) -> ValueError:
@@ -160,6 +175,8 @@ class _Planner:
         names = [module.name for module in self._modules.values()]
         if len(set(names)) != len(names):
             raise self._error(f"two ops become the same torch module; the names are {', '.join(names)}.")
+        for key in self._observers.keys() - self._observed.keys():
+            raise self._error(f"observers has {key!r}, which quantizes nothing; there are {', '.join(self._observed)}.")
         for name, steps in self._traced.graph.steps().items():
             if steps:
                 raise self._error(
@@ -176,17 +193,17 @@ class _Planner:
                     found[node.op.name] = self._module(graph, finder, node, node.op)
         self._check_covered(found.values())
         known = {key for module in found.values() for site in module.sites for key in site.keys}
-        dynamic = tuple(key for key, (quantizer, _) in self._observed.items() if quantizer.dynamic and key not in known)
-        rest = [key for key in self._observed if key not in known and key not in dynamic]
+        if self._stage == "prepared":  # torch observes weights when it converts
+            known |= {f"{name}/weight" for name in found}
+        rest = [key for key in self._observed if key not in known]
         entry = self._entry(rest, quantize)
         ordered = tuple(found[name] for name in self._modules)  # the order of modules is that of the torch model
-        return ModelPlan(entry, ordered, self._spare, dynamic)
+        return ModelPlan(entry, ordered)
 
     def _check_covered(self, modules: Any) -> None:
         covered = {t.leaf for module in modules for t in module.tensors if isinstance(t, Tensor)}
-        left = [
-            "/".join(path) for index, path in self._paths.items() if index not in covered and self._shapes[index] != ()
-        ]
+        floats = [i for i, dtype in enumerate(self._dtypes) if jnp.issubdtype(dtype, jnp.floating)]
+        left = ["/".join(self._paths[index]) for index in floats if index not in covered]
         if left:
             raise self._error(
                 f"the parameters {', '.join(left)} belong to no op that becomes a torch module. A batch norm does where its op "
@@ -238,7 +255,16 @@ class _Planner:
                 f"the weight of {op.name} is not a parameter as it is, transposed at most, but made of {'/'.join(path)}. Keep "
                 "the parameter in the shape in which the op takes it."
             )
-        return Tensor(key, self._leaves[path], "/".join(path), op.order, layout_of(op, module, self._caller))
+        return self._tensor(key, path, op.order, layout_of(op, module, self._caller))
+
+    def _tensor(self, key: str, path: Path, order: tuple[int, ...], layout: Layout) -> Tensor:
+        leaf = self._leaves[path]
+        if self._dtypes[leaf] != jnp.float32:
+            raise self._error(
+                f"the parameter {'/'.join(path)} is {self._dtypes[leaf]}; torch's {key} is float32. Keep master weights in "
+                "float32, and cast them in the function."
+            )
+        return Tensor(key, leaf, "/".join(path), order, layout)
 
     def _vector(self, graph: Graph, finder: Finder, operand: Operand, key: str, size: int, op: str) -> Tensor:
         source = finder.source(operand)
@@ -251,14 +277,13 @@ class _Planner:
         """A parameter with a number for each output, whatever axes of size 1 it has beside it."""
         if path not in self._leaves:
             raise self._error(f"{key} of {op} is made of {'/'.join(path)}, which is no parameter as it is.")
-        leaf = self._leaves[path]
-        shape = self._shapes[leaf]
+        shape = self._shapes[self._leaves[path]]
         if math.prod(shape) != size:
             raise self._error(
                 f"{'/'.join(path)} of {op} has shape {shape}; torch's {key} has one number for each of {size} outputs."
             )
         layout = Layout(tuple((n,) for n in shape), (tuple(range(len(shape))),), name=op)
-        return Tensor(key, leaf, "/".join(path), tuple(range(len(shape))), layout)
+        return self._tensor(key, path, tuple(range(len(shape))), layout)
 
     # -- batch norm --------------------------------------------------------------------------------------------------
 
@@ -311,7 +336,7 @@ class _Planner:
                 f"{keys[0]!r} is quantized {granularity}; torch's observers have one range for a tensor, or one for each "
                 'output of a weight, which is PerChannel("output").'
             )
-        site = Site(keys, path, quantizer, size)
+        site = Site(keys, self._observers.get(keys[0], path), quantizer, size)
         check_site(site, self._stage, self._caller)
         return site
 
@@ -327,7 +352,7 @@ class _Planner:
             )
         if not keys:
             return None
-        if quantize is None:
+        if quantize is None and keys[0] not in self._observers:
             raise self._error(
                 f"{keys[0]!r} quantizes the model's input, for which torch has a QuantStub: say its name, as in "
                 "quantize='quant'. Or give the op a rule with input=None."
@@ -337,7 +362,7 @@ class _Planner:
             raise self._error(
                 f"{' and '.join(map(repr, keys))} quantize one value in different ways; torch's QuantStub has one."
             )
-        return self._site(tuple(keys), member(quantize, OBSERVER), None)
+        return self._site(tuple(keys), member(quantize or "", OBSERVER), None)
 
     def _input(self, key: str) -> Operand:
         name, _, role = key.rpartition("/")

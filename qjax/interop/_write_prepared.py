@@ -26,6 +26,7 @@ def qat_prepared(
     *,
     modules: Mapping[str, TorchModule] | None = None,
     quantize: str | None = "quant",
+    observers: Mapping[str, str] | None = None,
     mode: Literal["train", "calibrate", "eval"] = "train",
     like: Checkpoint | None = None,
     batches: int = 0,
@@ -45,6 +46,7 @@ def qat_prepared(
       modules: What each op becomes, in the order of the torch model: `{"Conv_0": qjax.interop.Conv2d("features.0")}`; by
         default what `qjax.interop.torch_modules` derives.
       quantize: The name of the model's `QuantStub`; None where the input is not quantized.
+      observers: As for `load_prepared`.
       mode: How torch is to go on: `"train"` has observers and fake-quantization switched on, `"calibrate"` the observers
         alone, `"eval"` the fake-quantization alone, with frozen ranges. (A learnable one learns in any mode.)
       like: The checkpoint that the training began with. Its tensors and its metadata are kept where the function has no
@@ -78,7 +80,7 @@ def qat_prepared(
         raise ValueError(f"qat_prepared: mode must be one of {', '.join(map(repr, _FLAGS))}, got {mode!r}.")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
         raise ValueError(f"qat_prepared: batches must be an int >= 0, got {batches!r}.")
-    return _Writer(prepared, qvars, params, modules, quantize, "qat_prepared", like).record(mode, batches)
+    return _Writer(prepared, qvars, params, modules, quantize, observers, "qat_prepared", like).record(mode, batches)
 
 
 def ptq_prepared(
@@ -88,6 +90,7 @@ def ptq_prepared(
     *,
     modules: Mapping[str, TorchModule] | None = None,
     quantize: str | None = "quant",
+    observers: Mapping[str, str] | None = None,
     like: Checkpoint | None = None,
 ) -> Record:
     r"""Lay out a prepared function as the state dict of the model that torch's `prepare` makes, to calibrate on in torch.
@@ -104,6 +107,7 @@ def ptq_prepared(
       params: The parameters.
       modules: As for `qat_prepared`.
       quantize: The name of the model's `QuantStub`; None where the input is not quantized.
+      observers: As for `load_prepared`.
       like: As for `qat_prepared`.
 
     Returns:
@@ -134,7 +138,7 @@ def ptq_prepared(
     References:
       PyTorch, `torch/ao/quantization/observer.py`.
     """
-    return _Writer(prepared, qvars, params, modules, quantize, "prepared", like).record("calibrate", 0)
+    return _Writer(prepared, qvars, params, modules, quantize, observers, "prepared", like).record("calibrate", 0)
 
 
 class _Writer:
@@ -145,11 +149,12 @@ class _Writer:
         params: Any,
         modules: Mapping[str, TorchModule] | None,
         quantize: str | None,
+        observers: Mapping[str, str] | None,
         stage: Stage,
         like: Checkpoint | None,
     ) -> None:
         self._caller = "qat_prepared" if stage == "qat_prepared" else "ptq_prepared"
-        check_arguments(prepared, modules, self._caller)
+        check_arguments(prepared, modules, observers, self._caller)
         if not isinstance(qvars, QuantVars):
             raise TypeError(f"{self._caller}: qvars must be the QuantVars of prepared, got {type(qvars).__name__}.")
         if like is not None and not isinstance(like, Checkpoint):
@@ -159,7 +164,13 @@ class _Writer:
                 f"{self._caller}: the shapes of the function's arguments are not known. Call prepared.init(params, x) first."
             )
         self._plan: ModelPlan = plan_of(
-            prepared, prepared.signature, modules, quantize=quantize, stage=stage, caller=self._caller
+            prepared,
+            prepared.signature,
+            modules,
+            quantize=quantize,
+            observers=observers,
+            stage=stage,
+            caller=self._caller,
         )
         self._leaves = self._checked(params, prepared)
         self._joined = qvars.joined()
@@ -179,8 +190,9 @@ class _Writer:
     def record(self, mode: str, batches: int) -> Record:
         state: dict[str, Any] = {}
         versions: dict[str, dict[str, int]] = {"": {"version": 1}}
-        if self._plan.entry is not None and self._quantize is not None:
-            versions[self._quantize] = {"version": 1}
+        if self._plan.entry is not None:
+            if self._quantize is not None and self._plan.entry.path.startswith(f"{self._quantize}."):
+                versions[self._quantize] = {"version": 1}
             self._add_site(self._plan.entry, mode, state, versions)
         for module in self._plan.modules:
             self._add_module(module, mode, batches, state, versions)

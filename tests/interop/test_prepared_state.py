@@ -292,6 +292,30 @@ def test_ops_that_share_their_input_share_a_module(tmp_path):
         qat_prepared(prepared, apart, two, modules=modules)
 
 
+def test_a_layer_that_is_left_in_float(tmp_path):
+    """It is a module as any other, without quantizers; torch has qconfig=None there."""
+    recipe = but(qjax.Rule("fc2"))
+    prepared, qvars = observed(recipe)
+    state = qat_prepared(prepared, qvars, params(), modules=MODULES)
+    assert [key for key in state if key.startswith("head")] == ["head.fc2.weight", "head.fc2.bias"]
+    back = read(tmp_path, state, recipe)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), back.params, params()))
+
+
+def test_a_parameter_that_two_ops_share(tmp_path):
+    def twice(params, x):
+        return dense(jax.nn.relu(dense(x, params["a"])), params["a"])
+
+    square = {"a": {"w": params()["fc1"]["w"][:, :4], "b": params()["fc1"]["b"][:4]}}
+    modules = {"a": Linear("a"), "a:1": Linear("b")}
+    prepared = qjax.prepare(twice, QAT)
+    state = qat_prepared(prepared, prepared.init(square, X), square, modules=modules)
+    assert_same_bits(state["a.weight"], state["b.weight"])
+    qjax.interop.save(tmp_path / "a.pt", dict(state) | {"b.bias": np.ones(4, np.float32)})
+    with pytest.raises(containers.FormatError, match=r"'b.bias'.*other numbers.*both are the parameter a/b"):
+        load_prepared(qjax.interop.load(tmp_path / "a.pt"), prepared, square, X, modules=modules)
+
+
 def test_an_op_in_a_scan_is_no_module():
     def fn(params, x):
         return jax.lax.scan(lambda h, layer: (jax.nn.relu(h @ layer), None), x, params["fc1"]["w"])[0]

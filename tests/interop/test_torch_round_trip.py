@@ -290,3 +290,40 @@ def test_the_layout_of_old(tmp_path):
     old = {(names | ends).get(key, key): value for key, value in wanted.items() if not key.endswith(".eps")}
     torch.save(old, tmp_path / "old.pt")
     assert_same_state(write(tmp_path / "b.pt", prepared, read(tmp_path / "old.pt", prepared), batches=2), wanted)
+
+
+def dense(params, x):
+    x = jax.nn.relu(x @ params["a"]["w"] + params["a"]["b"][None])
+    return x @ params["b"]["w"] + params["b"]["b"][None]
+
+
+@pytest.mark.parametrize("version", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_graph_module(tmp_path, version):
+    """Fake-quantizations of activations stand beside the nodes, under names of their own; all else is as in eager mode."""
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    mapping, x = ao.get_default_qat_qconfig_mapping("fbgemm", version=version), torch.randn(8, 4)
+
+    def make():
+        layers = torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)
+        return fx.prepare_qat_fx(torch.nn.Sequential(*layers).train(), mapping, (x,))
+
+    net = make()
+    net(x)
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    options = {
+        "modules": {"a": qjax.interop.Linear("0"), "b": qjax.interop.Linear("2")},
+        "observers": {key: f"activation_post_process_{i}" for i, key in enumerate(("a/input", "a/output", "b/output"))},
+        "quantize": None,
+    }
+    blank = {name: {"w": jnp.zeros(shape), "b": jnp.zeros(shape[1])} for name, shape in (("a", (4, 5)), ("b", (5, 3)))}
+    prepared = qjax.prepare(dense, qjax.recipes.torch_qat("fbgemm", version=version))
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    state = qjax.interop.load_prepared(checkpoint, prepared, blank, jnp.zeros((8, 4)), **options)
+    record = qjax.interop.qat_prepared(prepared, state.qvars, state.params, like=checkpoint, **options)
+    qjax.interop.save(tmp_path / "b.pt", record)
+    sent, other = torch.load(tmp_path / "b.pt", weights_only=True), make()
+    assert_same_state(sent, net.state_dict())
+    other.load_state_dict(sent)
+    assert torch.equal(other(x), net(x))
+    with pytest.raises(ValueError, match=r"observers has 'b/input', which quantizes nothing; there are a/input"):
+        qjax.interop.qat_prepared(prepared, state.qvars, state.params, **options | {"observers": {"b/input": "x"}})
