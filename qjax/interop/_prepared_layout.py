@@ -149,8 +149,9 @@ class _Planner:
         leaves = jax.tree.leaves(params)
         self._shapes = [np.shape(leaf) for leaf in leaves]
         self._dtypes = [jax.dtypes.result_type(leaf) for leaf in leaves]
-        self._plain = prepared.trace(*args, fold=False)
         self._traced = prepared.trace(*args)
+        folds = any(rule.batch_norm is not None for rule in prepared.recipe.rules)
+        self._plain = prepared.trace(*args, fold=False) if folds else self._traced
         recipe = prepared.recipe.bind(self._traced)
         self._rules = recipe.rules
         interpreter = Interpreter(Plan(recipe, "init", prepared.compute), {})

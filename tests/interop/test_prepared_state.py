@@ -67,7 +67,7 @@ def read(tmp_path, state, recipe=QAT, modules=MODULES, **options):
     return load_prepared(qjax.interop.load(tmp_path / "a.pt"), prepared, given, X, modules=modules, **options)
 
 
-@pytest.mark.parametrize("recipe", [QAT, OLD, STATIC], ids=["v1", "v0", "static"])
+@pytest.mark.parametrize("recipe", [QAT, OLD, pytest.param(STATIC, marks=pytest.mark.long)], ids=["v1", "v0", "static"])
 def test_everything_returns(tmp_path, recipe):
     state = read(tmp_path, record(recipe), recipe)
     assert state.mode == ("calibrate" if recipe is STATIC else "train")
@@ -345,7 +345,7 @@ class Convolutional(nn.Module):
         return nn.Dense(6)(x) + x
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_linen_in_training_and_in_inference(tmp_path, train):
     """Modules are derived; statistics are found in either; an addition is a FloatFunctional."""
     net, x = Convolutional(), jax.random.normal(jax.random.key(0), (8, 4, 6, 2))

@@ -55,7 +55,9 @@ def params():
     return found
 
 
-@pytest.mark.parametrize("engine", ["x86", "default", pytest.param("qnnpack", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "engine", ["x86", *(pytest.param(name, marks=pytest.mark.long) for name in ("default", "qnnpack"))]
+)
 def test_torch_calibrates_jax_calibrates_torch_converts(tmp_path, engine):
     net, data = torchs(engine), [torch.randn(4, 3, 8, 8) * (1 + i) for i in range(4)]
     for x in data[:2]:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import qjax
+from tests.interop.numbers_of import scales, zeros
+from tests.interop.torch_nets import assert_weight_is, loaded
 from tests.numerics.stress import assert_same_bits
 from tests.torch_engine import torch_engine
 
@@ -48,7 +50,7 @@ def model(params, x):
     return dense(jax.nn.relu(x), params["fc2"]) if "fc2" in params else x
 
 
-def zeros(layers):
+def blank(layers):
     """Parameters of the right shapes."""
     sizes = dict(zip(("fc1", "fc2"), list(itertools.pairwise(SIZES))[:layers], strict=False))
     return {name: {"w": jnp.zeros(size), "b": jnp.zeros(size[1])} for name, size in sizes.items()}
@@ -62,7 +64,7 @@ def torchs(version, layers, rng):
     net.qconfig = ao.get_default_qat_qconfig("fbgemm", version=version)
     net = ao.prepare_qat(net)
     with torch.no_grad():
-        for module in (getattr(net, name) for name in zeros(layers)):
+        for module in (getattr(net, name) for name in blank(layers)):
             module.weight.copy_(torch.tensor(rng.uniform(-0.6, 0.6, module.weight.shape)))
             # The largest in magnitude meets an input that is zero, so that it stays. Each generation has its own divisor.
             module.weight[:, 0] = -128 * UNIT if version == 1 else -127.5 * UNIT
@@ -99,13 +101,13 @@ def both(net, version, layers, tmp_path):
     """JAX's side of it, from the file."""
     torch.save(net.state_dict(), tmp_path / "a.pt")
     prepared = qjax.prepare(model, qjax.recipes.torch_qat("fbgemm", version=version), compute="dequantized")
-    modules = {name: MODULES[name] for name in zeros(layers)}
+    modules = {name: MODULES[name] for name in blank(layers)}
     x = jnp.zeros((16, SIZES[0]))
     checkpoint = qjax.interop.load(tmp_path / "a.pt")
-    return prepared, modules, qjax.interop.load_prepared(checkpoint, prepared, zeros(layers), x, modules=modules)
+    return prepared, modules, qjax.interop.load_prepared(checkpoint, prepared, blank(layers), x, modules=modules)
 
 
-def compare_steps(net, prepared, modules, state, rng, tmp_path, steps=4):
+def compare_steps(net, prepared, modules, state, rng, steps=4):
     """Take steps side by side, and compare all there is after each of them."""
 
     @jax.jit
@@ -138,6 +140,7 @@ def compare_steps(net, prepared, modules, state, rng, tmp_path, steps=4):
         record = qjax.interop.qat_prepared(prepared, qvars, params, modules=modules, mode=state.mode)
         for key, value in net.state_dict().items():
             assert_same_bits(record[key], value.numpy(), f"{key}, step {number}")
+    return params, qvars
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +149,7 @@ def engine():
         yield
 
 
-@pytest.mark.parametrize("version", [1, 0])
+@pytest.mark.parametrize("version", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_one_layer_that_observes(version, rng, tmp_path):
     """Ranges of weights and of outputs move; those that products are made of keep their powers of two."""
     net = torchs(version, 1, rng)
@@ -154,7 +157,7 @@ def test_one_layer_that_observes(version, rng, tmp_path):
     prepared, modules, state = both(net, version, 1, tmp_path)
     assert state.mode == "train"
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    compare_steps(net, prepared, modules, state, rng, tmp_path)
+    params, qvars = compare_steps(net, prepared, modules, state, rng)
     after = net.state_dict()
     assert after["quant.activation_post_process.scale"] == STEP
     assert torch.all(after["fc1.weight_fake_quant.scale"] == UNIT)
@@ -164,9 +167,26 @@ def test_one_layer_that_observes(version, rng, tmp_path):
         "fc1.weight",
     ):
         assert not torch.equal(before[key], after[key]), key
+    # The circle closes: torch takes over from JAX, trains on, converts, and the converted file is read.
+    record = qjax.interop.qat_prepared(prepared, qvars, params, modules=modules)
+    qjax.interop.save(tmp_path / "b.pt", record)
+    other = torchs(version, 1, rng)
+    other.load_state_dict(torch.load(tmp_path / "b.pt", weights_only=True))
+    x = torch.tensor(batch(rng)[0])
+    assert torch.equal(other(x), net(x))
+    _, table = loaded(other.eval(), tmp_path)
+    converted = ao.convert(other)
+    torch.save(converted.state_dict(), tmp_path / "c.pt")
+    final, module = qjax.interop.load(tmp_path / "c.pt"), converted.fc1
+    assert_weight_is(table.of("fc1", "weight")[1], module.weight())
+    np.testing.assert_array_equal(final["fc1.weight"].codes, module.weight().int_repr().numpy())
+    for name, op in (("quant", converted.quant), ("fc1", module)):
+        said = table.of(name, "output")[1]
+        assert (scales(said), zeros(said)) == ((np.float32(op.scale),), (int(op.zero_point),))
+        assert final[f"{name}.scale"] == np.float32(op.scale)
 
 
-@pytest.mark.parametrize("version", [1, 0])
+@pytest.mark.parametrize("version", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_two_layers_with_frozen_ranges(version, rng, tmp_path):
     net = torchs(version, 2, rng)
     net(torch.tensor(batch(rng)[0]))
@@ -174,6 +194,6 @@ def test_two_layers_with_frozen_ranges(version, rng, tmp_path):
     prepared, modules, state = both(net, version, 2, tmp_path)
     assert state.mode == "eval"
     before = net.fc1.weight.detach().clone(), net.fc2.weight.detach().clone()
-    compare_steps(net, prepared, modules, state, rng, tmp_path)
+    compare_steps(net, prepared, modules, state, rng)
     for weight, module in zip(before, (net.fc1, net.fc2), strict=True):
         assert float((weight - module.weight.detach()).abs().max()) > UNIT, "codes of weights have moved"

@@ -63,7 +63,7 @@ def seeded():
         yield
 
 
-@pytest.mark.parametrize("weight", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("weight", ["per_tensor", pytest.param("per_channel", marks=pytest.mark.long)])
 def test_a_learned_scale_goes_and_returns(tmp_path, weight):
     net, ours = torchs(weight), prepared(weight)
     torch.save(net.state_dict(), tmp_path / "a.pt")

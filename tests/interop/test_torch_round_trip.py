@@ -87,7 +87,10 @@ def nhwc(x):
     return jnp.asarray(x.numpy().transpose(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize(("version", "engine"), [(1, "fbgemm"), (0, "fbgemm"), (1, "qnnpack"), (0, "onednn")])
+@pytest.mark.parametrize(
+    ("version", "engine"),
+    [(1, "fbgemm"), (0, "fbgemm"), (1, "qnnpack"), pytest.param(0, "onednn", marks=pytest.mark.long)],
+)
 @pytest.mark.filterwarnings("ignore:Default qconfig of oneDNN")
 def test_every_number_arrives_and_returns(tmp_path, version, engine):
     net = train(torchs(version, engine))
@@ -132,7 +135,8 @@ def test_a_network_that_was_never_trained(tmp_path, version):
     assert_same_state(write(tmp_path / "b.pt", prepared, state), net.state_dict())
 
 
-@pytest.mark.parametrize("version", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.long
+@BOTH
 def test_fake_quantized_tensors_are_those_of_torch(tmp_path, version):
     """Of equal inputs: each quantizer gets what torch's module got in a step of training, and gives what that gave."""
     net = train(torchs(version))
@@ -170,7 +174,7 @@ def test_fake_quantized_tensors_are_those_of_torch(tmp_path, version):
         np.testing.assert_allclose(np.asarray(stats[name]), running, rtol=1e-5, atol=1e-6)
 
 
-@BOTH
+@pytest.mark.parametrize("version", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_torch_goes_on_as_if_it_had_never_stopped(tmp_path, version):
     """Loaded strictly, the file of JAX gives torch the same outputs, gradients and buffers, step by step."""
     net = train(torchs(version))
@@ -189,7 +193,8 @@ def test_torch_goes_on_as_if_it_had_never_stopped(tmp_path, version):
     assert_same_state(other.state_dict(), net.state_dict())
 
 
-@pytest.mark.parametrize("version", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.long  # the same with one layer is in test_torch_exact_training
+@BOTH
 def test_the_full_circle(tmp_path, version):
     """torch → JAX → torch → convert → JAX: at each hand-over the same numbers, and in the end the qparams that were said."""
     net = train(torchs(version))
@@ -255,10 +260,15 @@ def assert_hand_over(net, prepared, state):
 
 
 @pytest.mark.parametrize(
-    ("switches", "mode"),
-    [((), "train"), ((ao.disable_observer,), "eval"), ((ao.disable_fake_quant,), "calibrate")],
+    ("version", "switches", "mode"),
+    [
+        (1, (ao.disable_observer,), "eval"),
+        (0, (ao.disable_fake_quant,), "calibrate"),
+        pytest.param(0, (ao.disable_observer,), "eval", marks=pytest.mark.long),
+        pytest.param(1, (ao.disable_fake_quant,), "calibrate", marks=pytest.mark.long),
+        pytest.param(1, (), "train", marks=pytest.mark.long),
+    ],
 )
-@BOTH
 def test_flags_are_modes(tmp_path, version, switches, mode):
     net = train(torchs(version), steps=1)
     for switch in switches:
