@@ -1,5 +1,6 @@
 """load and save, without torch."""
 
+import os
 import re
 import zipfile
 
@@ -257,3 +258,20 @@ def test_a_global_outside_the_allow_list_is_named_and_not_run(tmp_path):
     with pytest.raises(containers.FormatError, match=r"(?s)os\.system.*(nothing|Nothing).*executed"):
         qjax.interop.load(path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, name):
+    path = tmp_path / "a.pt"
+    qjax.interop.save(path, {"w": np.zeros(3, np.float32)})
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match=r"Input/output error: '.*a\.pt'"):
+        qjax.interop.save(path, {"w": np.ones(3, np.float32)})
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pt"]

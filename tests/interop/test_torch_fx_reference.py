@@ -73,7 +73,11 @@ def codes_of(reals, op):
     return np.rint(reals.numpy().astype(np.float64) / scale).astype(np.int64) + zero_point
 
 
-@pytest.mark.parametrize("weight", [W8, W8.replace(granularity=qjax.PerTensor())], ids=["per channel", "per tensor"])
+@pytest.mark.parametrize(
+    "weight",
+    [W8, pytest.param(W8.replace(granularity=qjax.PerTensor()), marks=pytest.mark.long)],
+    ids=["per channel", "per tensor"],
+)
 def test_torch_computes_what_the_program_does(tmp_path, weight):
     integer, x = program(weight), images(7, 256)
     torch_x = torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
