@@ -74,7 +74,7 @@ def _table(differences: tuple[PointDifference, ...], reasons: dict[str, int]) ->
             Text(printable(found.name)),
             f"{found.effect:.3g}",
             codes,
-            "" if found.largest_code is None else str(found.largest_code),
+            "" if found.largest_code is None else f"{found.largest_code:g}",
             _scales(found),
             "" if not found.zero_point else f"{found.zero_point:g}",
             f"[{reasons.setdefault(found.reason, len(reasons) + 1)}]",

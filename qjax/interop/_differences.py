@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from qjax._formats import Int
+from qjax._codes import value_of
+from qjax._formats import Format, Int
 from qjax._granularity import block_shape
 from qjax._quantize import QTensor
 from qjax.interop._code_statistics import pieces
@@ -28,7 +30,7 @@ class CodeDifference(NamedTuple):
 
     size: int
     differ: int  # codes that are different
-    largest: int  # difference of two codes
+    largest: float  # difference of two codes; a whole number but for small floats
     steps: float  # difference of two reals, in steps of the first's scale
     near: float  # share of the elements whose reals are at most half a step of each apart
     correlation: float  # of the reals
@@ -60,7 +62,7 @@ class PointDifference:
     a: QuantPoint
     b: QuantPoint
     codes: tuple[int, int] | None
-    largest_code: int | None
+    largest_code: float | None
     ulps: int | None
     ratio: tuple[float, float] | None
     zero_point: int | float | None
@@ -75,13 +77,10 @@ def difference(name: str, a: QuantPoint, b: QuantPoint, tensors: tuple[Any, Any]
     assert a.zero_point is not None
     assert b.zero_point is not None
     codes = _codes(a, b, tensors)
-    same_scale = a.scale.size == b.scale.size and np.array_equal(a.scale.reshape(-1), b.scale.reshape(-1))
-    same_zero = a.zero_point.size == b.zero_point.size and np.array_equal(
-        a.zero_point.reshape(-1), b.zero_point.reshape(-1)
-    )
+    same_scale = np.array_equal(a.scale.reshape(-1), b.scale.reshape(-1), equal_nan=True)
+    same_zero = np.array_equal(a.zero_point.reshape(-1), b.zero_point.reshape(-1), equal_nan=True)
     same_kind = (a.dtype, a.axis) == (b.dtype, b.axis) and (not _range_differs(a, b))
-    both = all(isinstance(tensor, QTensor) for tensor in tensors)
-    if same_scale and same_zero and same_kind and (not both or (codes is not None and not codes.differ)):
+    if same_scale and same_zero and same_kind and (not codes.differ if codes is not None else _same_codes(*tensors)):
         return None
     paired = a.scale.size == b.scale.size or 1 in (a.scale.size, b.scale.size)
     pairs = np.broadcast_arrays(a.scale.reshape(-1), b.scale.reshape(-1)) if paired else None
@@ -138,20 +137,21 @@ def _codes(a: QuantPoint, b: QuantPoint, tensors: tuple[Any, Any]) -> CodeDiffer
     first, second = tensors
     if not isinstance(first, QTensor) or not isinstance(second, QTensor) or not a.valid or not b.valid:
         return None
-    if not isinstance(first.spec.format, Int) or not isinstance(second.spec.format, Int):
+    formats = first.spec.format, second.spec.format
+    if not all(isinstance(each, Int) for each in formats) and formats[0] != formats[1]:
         return None
     x, y = np.asarray(first.codes), np.asarray(second.codes)
     if x.shape != y.shape:
         return None
-    differ = largest = near = 0
-    steps = 0.0
+    differ = near = 0
+    largest = steps = 0.0
     sums = np.zeros(5)
     counts = [np.zeros(2**16, np.int64), np.zeros(2**16, np.int64)]
     for piece in pieces(x.shape, 2**20):
-        p, q = x[piece].astype(np.int32), y[piece].astype(np.int32)
+        p, q = (_numbers(part[piece], each) for part, each in zip((x, y), formats, strict=True))
         apart = np.abs(p - q)
-        differ += int(np.count_nonzero(apart))
-        largest = max(largest, int(apart.max(initial=0)))
+        differ += int(np.count_nonzero(x[piece] != y[piece]))
+        largest = max(largest, float(apart.max(initial=0)))
         scale_a, scale_b = (_of_piece(point.scale, point, x.shape, piece) for point in (a, b))
         zero_a, zero_b = (_of_piece(point.zero_point, point, x.shape, piece) for point in (a, b))
         real_a, real_b = (p - zero_a) * scale_a, (q - zero_b) * scale_b
@@ -159,14 +159,30 @@ def _codes(a: QuantPoint, b: QuantPoint, tensors: tuple[Any, Any]) -> CodeDiffer
         steps = max(steps, float(np.max(gap / scale_a, initial=0)))
         near += int(np.count_nonzero(gap <= 0.5 * (scale_a + scale_b) * (1 + 1e-5)))
         sums += [real_a.sum(), real_b.sum(), np.square(real_a).sum(), np.square(real_b).sum(), (real_a * real_b).sum()]
-        for count, part in zip(counts, (p, q), strict=True):
-            count += np.bincount((part & 0xFFFF).reshape(-1), minlength=2**16)
+        for count, part in zip(counts, (x[piece], y[piece]), strict=True):
+            count += np.bincount((part.astype(np.int32) & 0xFFFF).reshape(-1), minlength=2**16)
     size = max(x.size, 1)
     mean_a, mean_b, square_a, square_b, product = sums / size
     spread = np.sqrt(max(square_a - mean_a**2, 0) * max(square_b - mean_b**2, 0))
     correlation = float((product - mean_a * mean_b) / spread) if spread > 0 else float(differ == 0)
     permuted = differ > 0 and np.array_equal(counts[0], counts[1])
+    largest = int(largest) if largest == int(largest) else largest
     return CodeDifference(x.size, differ, largest, steps, near / size, correlation, permuted)
+
+
+def _numbers(codes: np.ndarray, number_format: Format) -> np.ndarray:
+    """What codes stand for before they are scaled; a NaN is taken for 0, which leaves it out of sums."""
+    if isinstance(number_format, Int):
+        return codes.astype(np.int32)
+    return np.nan_to_num(np.asarray(value_of(jnp.asarray(codes), number_format)))
+
+
+def _same_codes(first: Any, second: Any) -> bool:
+    """Whether two tensors have the same codes; of what is no tensor of codes, there are none that differ."""
+    if not isinstance(first, QTensor) or not isinstance(second, QTensor):
+        return True
+    x, y = np.asarray(first.codes), np.asarray(second.codes)
+    return x.shape == y.shape and all(np.array_equal(x[piece], y[piece]) for piece in pieces(x.shape))
 
 
 def _of_piece(values: Any, point: QuantPoint, shape: tuple[int, ...], piece: tuple[slice, ...]) -> np.ndarray:

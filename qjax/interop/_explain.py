@@ -300,8 +300,10 @@ def is_statistic(name: str) -> bool:
 
 def _notes(table: Sequence[QuantPoint], contents: Contents) -> Iterator[tuple[str, str]]:
     """Outputs whose scale and zero_point in the file are no law."""
-    dynamic = list(dict.fromkeys(point.op for point in table if point.qparams_from.kind == "run_time"))
-    dynamic += [op for op in sorted(contents.packed) if op not in dynamic and is_dynamic_module(op, contents)]
+    dynamic = dict.fromkeys(point.op for point in table if point.qparams_from.kind == "run_time")
+    dynamic |= dict.fromkeys(
+        op for op in sorted(contents.packed) if op not in dynamic and is_dynamic_module(op, contents)
+    )
     outputs = module_outputs(contents.tensors)
     for op in dynamic:
         if op in outputs and is_dynamic(*outputs[op]):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _WIDEST = 100_000  # a terminal's line is cut or scrolled there, never folded
 _PLACES = 6
+_ROWS = 2000  # of the table; more take long to lay out, and nobody reads them
 
 
 def render(explanation: Explanation, *, width: int, color: bool, wide: bool) -> str:
@@ -37,7 +38,10 @@ def render(explanation: Explanation, *, width: int, color: bool, wide: bool) -> 
     if points:
         console.print("real = scale · (q - zero_point)")
         common = set.intersection(*(set(origins(point.quant)) for point in points)) if len(points) > 1 else set()
-        console.print(_wide_table(points) if wide else _table(points, notes, common))
+        shown = points[:_ROWS]
+        console.print(_wide_table(shown) if wide else _table(shown, notes, common))
+        if len(points) > len(shown):
+            console.print(f"and {len(points) - len(shown)} more; choose by --op REGEX, or take --json")
     lines += out.getvalue().rstrip("\n").splitlines()
     for note in sorted(common):
         lines += _wrapped(f"{note}.", width)

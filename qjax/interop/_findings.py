@@ -75,10 +75,11 @@ def _uncalibrated(points: Sequence[Point], unknown: Sequence[QuantPoint], conten
     for point in points:
         if point.role != "weight" and point.quant.qparams_from.kind == "file" and _is_initial(point.quant):
             yield point.title, ""
-    for op in sorted(contents.packed):  # a static Linear that looks like a dynamic one
+    outputs = {point.op for point in points if point.role == "output"}
+    for op in sorted(contents.packed - outputs):  # a static Linear that looks like a dynamic one
         version = contents.version(op)
         scale, zero_point = (contents.tensors.get(member(op, name)) for name in ("scale", "zero_point"))
-        if version is None or version > STATIC_LINEAR or any(p.op == op and p.role == "output" for p in points):
+        if version is None or version > STATIC_LINEAR:
             continue
         if not isinstance(scale, np.ndarray) or not isinstance(zero_point, np.ndarray):
             continue

@@ -114,6 +114,7 @@ def moved(found: Statistics, x: np.ndarray, constant: float) -> Statistics:
     low, high = np.min(x, axis=axes).astype(np.float32), np.max(x, axis=axes).astype(np.float32)
     if found.seen:
         step = np.float32(constant)
-        low = found.min_val + step * (low - found.min_val)
-        high = found.max_val + step * (high - found.max_val)
+        with np.errstate(invalid="ignore", over="ignore"):  # of infinities, as torch computes it
+            low = found.min_val + step * (low - found.min_val)
+            high = found.max_val + step * (high - found.max_val)
     return found._replace(min_val=np.asarray(low), max_val=np.asarray(high))

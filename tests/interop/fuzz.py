@@ -1,7 +1,8 @@
 """Damage small files of every dialect, many times: ``python -m tests.interop.fuzz --inputs 100000``.
 
-Each input is loaded, its quantization points are listed and rendered, and it is explained. What is allowed is that this
-works, or a `FormatError`, within the time and memory of `tests.containers.fuzz`, whose loop and options these are.
+Each input is loaded, its quantization points are listed and rendered, it is explained, and compared with itself. What is
+allowed is that this works, or a `FormatError`, within the time and memory of `tests.containers.fuzz`, whose loop and options
+these are.
 """
 
 import random
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from qjax import containers, interop
 from qjax.interop import points
@@ -25,7 +27,12 @@ def read(name: str, data: bytes, folder: Path, rng: random.Random) -> bool:
         table.to_json()
         explanation = interop.explain(checkpoint)
         explanation.render()
+        explanation.render(wide=True)
         explanation.to_json()
+        if explanation.answer.point is not None:
+            interop.interpret(np.arange(16, dtype=np.uint8), explanation.answer.point)
+        comparison = interop.compare(checkpoint, checkpoint)
+        assert comparison.equal, comparison.render()
     except containers.FormatError as error:
         return fuzz.refusal(error)
     return True

@@ -173,6 +173,29 @@ def test_the_axis_and_the_order_of_square_weights(rng):
         assert found.reason.startswith(reason), found.reason
 
 
+@pytest.mark.parametrize("number_format", [qjax.e4m3, qjax.e2m1, qjax.nf4])
+def test_small_floats_and_codebooks(rng, number_format):
+    from qjax.interop._differences import difference
+    from qjax.interop._points import tensor_point
+
+    first = quantized(jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), number_format=number_format, symmetric=False)
+    point = tensor_point("w", "w", first)
+    assert difference("w", point, point, (first, first)) is None
+    second = dataclasses.replace(first, codes=first.codes ^ np.uint8(2))
+    found = difference("w", point, point, (first, second))
+    assert found.codes == (24, 24)
+    values = np.asarray(first.values()), np.asarray(second.values())
+    assert found.largest_code == pytest.approx(np.max(np.abs(values[0] - values[1])))
+    assert found.effect == pytest.approx(found.largest_code)
+    nan = dataclasses.replace(first, codes=first.codes.at[0, 0].set(0x7F if number_format is qjax.e4m3 else 0))
+    assert difference("w", point, point, (nan, nan)) is None
+
+
+def test_a_scale_that_is_no_number_equals_itself(path, tmp_path):
+    other = with_point(tmp_path, path, fc2__scale=np.float32(np.nan))
+    assert qjax.interop.compare(other, other).equal
+
+
 def test_differences_are_sorted_by_their_effect(path, tmp_path):
     checkpoint = qjax.interop.load(path)
     changes = {
