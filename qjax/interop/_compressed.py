@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import ml_dtypes
@@ -18,7 +18,7 @@ from qjax._formats import Format, Int, e2m1, e2m3, e4m3
 from qjax._granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
-from qjax.containers import FormatError
+from qjax.containers import FormatError, RawTensor
 from qjax.containers._errors import quoted
 from qjax.interop._compressed_config import Args, Config, Scheme, Targets, find_config
 from qjax.interop._deferred import Deferred
@@ -38,6 +38,7 @@ _DENSE = (0, 18)  # the first release that lets a code of 3, 5, 6 or 7 bits lie 
 _FLOATS: dict[int, Format] = {4: e2m1, 6: e2m3, 8: e4m3}
 _REALS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16))
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_NO_SCHEME = "there is no config, and dtypes and shapes do not say it all"
 _MEND = "The file is damaged, or its config is that of another model."
 
 
@@ -91,17 +92,19 @@ def join(tensors: dict[str, Any], metadata: Mapping[str, Any]) -> Compressed | N
     config = find_config(metadata)
     if config is None and _is_of_others(metadata):
         return None
-    found = _parts(tensors)
     targets = None if config is None else Targets(config)
     modules: dict[str, Module] = {}
     left: dict[str, str] = {}
-    for path, parts in found.items():
+    for path, parts in _parts(tensors):
+        if isinstance(parts, str):
+            left[path] = parts
+            continue
         try:
             scheme = _inferred(parts) if targets is None else targets.scheme(path, functools.partial(_fits, parts))
             if isinstance(scheme, Scheme):
                 known = "assumed" if config is None else "file"
                 modules[path] = _module(parts, scheme, config, known)
-            elif config is not None:
+            else:
                 left[path] = scheme
         except FormatError as error:
             error.locate(place=f"module {quoted(path)}")
@@ -121,20 +124,29 @@ def _is_of_others(metadata: Mapping[str, Any]) -> bool:
     )
 
 
-def _parts(tensors: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """The parts of quantized weights, by module."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+def _parts(tensors: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, np.ndarray] | str]]:
+    """The parts of each quantized weight, by module; or why they are none."""
     for key in tensors:
         path, _, last = key.rpartition(".")
         if last != "weight_scale":
             continue
-        parts = {name: tensors[member(path, name)] for name in PARTS if member(path, name) in tensors}
+        parts = {name: _bits(tensors[member(path, name)]) for name in PARTS if member(path, name) in tensors}
         codes = parts.get("weight_packed", parts.get("weight"))
-        is_codes = isinstance(codes, np.ndarray) and (codes.dtype.kind in "iu" or codes.dtype == _E4M3)
         # A float weight beside its scale was not compressed.
-        if is_codes and all(isinstance(part, np.ndarray) for part in parts.values()):
-            found[path] = parts
-    return found
+        if not isinstance(codes, np.ndarray) or not (codes.dtype.kind in "iu" or codes.dtype == _E4M3):
+            continue
+        odd = [name for name, part in parts.items() if not (isinstance(part, np.ndarray) and is_real(part))]
+        yield path, f"its {odd[0]} holds no numbers" if odd else parts
+
+
+def _bits(value: Any) -> Any:
+    """Exponents are uint8 in the files of compressed-tensors, and of a dtype of their own in others."""
+    return value.bits if isinstance(value, RawTensor) and value.dtype == "float8_e8m0fnu" else value
+
+
+def is_real(values: np.ndarray) -> bool:
+    """Whether they are integers or floats of a dtype that a scale or a zero_point may have."""
+    return values.dtype in (*_REALS, _E4M3) or values.dtype.kind in "iu"
 
 
 def _replace(tensors: dict[str, Any], modules: Mapping[str, Module]) -> None:
@@ -176,22 +188,24 @@ def _inferred(parts: Mapping[str, np.ndarray]) -> Scheme | str:
     if packed is None:
         shape, codes = parts["weight"].shape, parts["weight"].dtype
         bits, kind = 8, "int" if codes == np.int8 else "float" if codes == _E4M3 else ""
+    elif not packed.ndim or not scale.ndim:
+        return _NO_SCHEME
     elif packed.dtype == np.uint8:
         shape, bits, kind = (*packed.shape[:-1], 2 * packed.shape[-1]), 4, "float"
-    elif declared is not None and packed.ndim and declared.size:
+    elif declared is not None and declared.dtype.kind in "iu" and declared.size:
         shape, kind = (*packed.shape[:-1], int(declared.reshape(-1)[-1])), "int"
         # Widths that both layouts store alike; others want a config.
         wanted = [b for b in (1, 2, 4, 8) if words_for(shape[-1], b, padded=False) == packed.shape[-1]]
         bits = wanted[0] if len(wanted) == 1 else 0
     else:
-        return "it has no scheme"
+        return _NO_SCHEME
     groups = scale.shape[-1] if scale.ndim == len(shape) and scale.shape[:-1] == shape[:-1] else 0
     if not (kind and bits) or not (groups or scale.size == 1):
-        return "it has no scheme"
+        return _NO_SCHEME
     strategy, size = ("tensor", None) if not groups else ("channel", None)
     if groups > 1 or (groups and (exponents or "weight_global_scale" in parts)):
         if shape[-1] % groups:
-            return "it has no scheme"
+            return _NO_SCHEME
         strategy, size = "tensor_group" if "weight_global_scale" in parts else "group", shape[-1] // groups
     args = Args(
         bits=bits, kind=kind, symmetric="weight_zero_point" not in parts, strategy=strategy, group_size=size, block=None,

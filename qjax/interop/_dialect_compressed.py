@@ -14,7 +14,7 @@ from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.containers import FormatError
 from qjax.containers._errors import quoted
-from qjax.interop._compressed import Compressed, Module, check_scale
+from qjax.interop._compressed import Compressed, Module, check_scale, is_real
 from qjax.interop._compressed_config import Args, Scheme
 from qjax.interop._deferred import Deferred
 from qjax.interop._dialect import Assumptions, Contents, member
@@ -125,13 +125,10 @@ def _activation(
 def _numbers(op: str, name: str, contents: Contents) -> np.ndarray | None:
     """Numbers that belong to an activation, as float32; scales are checked."""
     value = contents.tensors.get(member(op, name))
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray) or not is_real(value):
         return None
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            real = value.astype(np.float32)
-    except (TypeError, ValueError):
-        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        real = value.astype(np.float32)
     if name.endswith("scale"):
         try:
             check_scale(real, name)

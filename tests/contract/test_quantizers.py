@@ -196,7 +196,7 @@ def test_qtensor_is_a_pytree(spec, rng):
     qparams = qjax.choose_qparams(low[0], high[0], spec)
     q, other = (qjax.quantize(x[i], qparams, spec) for i in range(2))
     leaves, structure = jax.tree.flatten(q)
-    fields = [f for f in (q.codes, q.scale, q.zero_point, q.tensor_scale, q.amax) if f is not None]
+    fields = [f for f in (q.codes, q.scale, q.zero_point, q.tensor_scale, q.amax, q.global_scale) if f is not None]
     assert [leaf is field for leaf, field in zip(leaves, fields, strict=True)] == [True] * len(fields)
     assert jax.tree.structure(other) == structure
     for copy in (jax.tree.unflatten(structure, leaves), jax.tree.map(lambda leaf: leaf, q), jax.jit(lambda q: q)(q)):

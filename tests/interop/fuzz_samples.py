@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
-from qjax.containers import Global
+from qjax.containers import Global, RawTensor, write_safetensors
 from tests.containers import samples
 
 
@@ -68,6 +68,13 @@ def hand_made() -> dict[str, bytes]:
         for name, state in states.items():
             qjax.interop.save(path, state)
             found[name] = path.read_bytes()
+        for name, (tensors, args) in _joined().items():
+            groups = {"g": {"targets": ["re:f.*", "Linear"], "weights": args, "input_activations": {"num_bits": 8}}}
+            said = {"quant_method": "compressed-tensors", "version": "0.20.0", "config_groups": groups}
+            tensors["input_scale"] = np.float32([0.5])
+            tensors = {f"fc.{key}": value for key, value in tensors.items()}
+            write_safetensors(path, tensors, metadata={"quantization_config": json.dumps(said)})
+            found[f"compressed {name}"] = path.read_bytes()
     code = b"class Net(Module):\n  def forward(self: __torch__.Net) -> Tensor:\n    _0 = ops.quantized.add(a, b, 0.25, 3)\n"
     return found | {"pt2": _program(), "script": samples.torchscript(code=code)} | _compressed()
 
@@ -132,6 +139,25 @@ COMPRESSED = {
     "fc.input_scale": np.ones(1, np.float32),
     "lm_head.weight": np.ones((2, 4), np.float32),
 }
+
+
+def _joined() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The tensors of a module of compressed-tensors, and how it says that its weight is quantized."""
+    words, ones = np.arange(4, dtype=np.int32).reshape(2, 2), np.ones((2, 2), np.float32)
+    packed = {"weight_packed": words, "weight_shape": np.array([2, 16]), "weight_scale": ones}
+    points = {"weight_zero_point": np.zeros((1, 2), np.int32), "weight_g_idx": np.arange(16, dtype=np.int32) % 2}
+    return {
+        "packed": (packed | points, {"num_bits": 4, "group_size": 8, "symmetric": False}),
+        "int8": ({"weight": np.ones((2, 4), np.int8), "weight_scale": ones[:, :1]}, {"strategy": "channel"}),
+        "nvfp4": (
+            {
+                "weight_packed": np.ones((2, 16), np.uint8),
+                "weight_scale": RawTensor("float8_e4m3fn", np.full((2, 2), 56, np.uint8)),
+                "weight_global_scale": np.float32([2]),
+            },
+            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        ),
+    }
 
 
 def of_torch() -> dict[str, bytes]:

@@ -226,3 +226,32 @@ def test_the_data_tell_the_smallest_scale(smallest, rng):
     scale, _, _ = peer.torchao_nvfp4(x)
     expected = np.maximum(amax_of(x) / np.float32(6), np.float32(smallest)).astype(E4M3).astype(np.float32)
     assert (np.sum(expected != scale.astype(np.float32).reshape(expected.shape)) == 0) == (smallest == SMALLEST)
+
+
+@pytest.mark.long  # compressed-tensors compiles its rounding
+@pytest.mark.parametrize("way", ["jit", "eager"])
+def test_a_global_scale_divides_as_in_compressed_tensors(way, rng):
+    """`q · (scale / global_scale)`: a product with the inverse is off by an ulp for some scales."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is the oracle")
+    spec = qjax.QuantSpec(
+        qjax.e2m1, granularity=qjax.PerGroup(-1, 16), convention="compressed_tensors", scale_rule="nvfp4"
+    )
+
+    def call(x, scale, overall):
+        qparams = qjax.QParams(scale, jnp.zeros(scale.shape, jnp.int32), global_scale=overall)
+        q = qjax.quantize(x, qparams, spec)
+        return q.values(), q.dequantize(), qjax.fake_quantize(x, qparams, spec)
+
+    call = jax.jit(call) if way == "jit" else call
+    options = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    for overall in (np.float32(1), np.float32(1234.567), np.float32(3e-5), np.float32(2.0**40)):
+        scale = np.exp2(rng.uniform(-6, 8, (500, 4))).astype(E4M3).astype(np.float32)
+        step = scale / overall
+        assert overall == 1 or np.log2(overall) % 1 == 0 or (step != scale * (1 / overall)).any()
+        ties = rng.choice(TIES, (500, 4, 16)) * rng.choice([-1, 1], (500, 4, 16)) * step[..., None].astype(np.float64)
+        x = pc.neighbours(ties.astype(np.float32), rng).reshape(500, 64)
+        theirs = peer.compressed_tensors_quantize(x, scale, None, global_scale=overall.reshape(1), **options)
+        for ours, wanted in zip(call(x, scale, overall), theirs.values(), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), wanted)  # their zeros lose the sign
+    with pytest.raises(ValueError, match=r"global_scale has shape \(1,\), expected \(\)"):
+        qjax.quantize(x, qjax.QParams(scale, jnp.zeros(scale.shape, jnp.int32), global_scale=jnp.ones(1)), spec)
