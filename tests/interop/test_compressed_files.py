@@ -99,6 +99,26 @@ def test_stacked_experts(tmp_path, rng):
     np.testing.assert_array_equal(weight.dequantize(), wanted)
 
 
+def test_a_global_scale_divides(tmp_path, rng):
+    """compressed-tensors rounds what it decompresses to bfloat16, which hides the last places; they are right before it."""
+    scale = np.exp2(rng.uniform(-6, 8, (64, 4))).astype(E4M3)
+    overall = np.float32(1234.567)
+    codes = rng.integers(0, 16, (64, 64)).astype(np.uint8)
+    tensors = {
+        "weight_packed": codes[:, ::2] | codes[:, 1::2] << 4,
+        "weight_scale": raw(scale),
+        "weight_global_scale": overall.reshape(1),
+    }
+    weight = qjax.interop.load(hand_made(tmp_path, FP4, **tensors))["fc.weight"]
+    np.testing.assert_array_equal(weight.codes, codes)
+    step = scale.astype(np.float32) / overall
+    assert (step != scale.astype(np.float32) * (1 / overall)).any()
+    levels = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(weight.dequantize(), levels * np.repeat(step, 16, 1))
+    again = qjax.quantize(levels * np.repeat(step, 16, 1), weight.qparams, weight.spec)
+    np.testing.assert_array_equal(np.asarray(again.values()), levels)
+
+
 def test_a_single_file(tmp_path):
     """Its metadata may hold the config; else dtypes and shapes say what can be said, and it is called an assumption."""
     codes = np.arange(-8, 8, dtype=np.int8).repeat(4).reshape(2, 32)

@@ -40,13 +40,14 @@ def model_of(names, dtype=torch.bfloat16):
 
 
 MODEL = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.gate")]
-MODEL = ["model.embed_tokens", *MODEL, "lm_head"]
+MODEL = ["model.embed_tokens", *MODEL, "lm_head", "score"]
 GROUPS = {
     "name before pattern before class": [
         (["Linear"], W4),
         (["re:.*mlp.*"], W8),
         (["model.layers.3.mlp.up_proj"], {**FP8, "strategy": "channel"}),
     ],
+    "a name before a pattern that the alphabet has before it": [(["re:.*"], W8), (["score"], W4)],
     "of patterns the first in the alphabet": [
         (["re:.*up_proj$"], W8),
         (["re:.*proj$"], W4),

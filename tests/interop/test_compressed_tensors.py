@@ -97,8 +97,14 @@ def same_bits(ours, theirs):
     np.testing.assert_array_equal(ours.view(bits[0]), theirs.contiguous().view(bits[1]).numpy().view(bits[0]))
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+SINGLE = ("int-quantized channel affine", "float-quantized block")  # the others take as long again
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, BFLOAT16) for name in WEIGHTS]
+    + [pytest.param(name, FLOAT32, marks=() if name in SINGLE else pytest.mark.long) for name in WEIGHTS],
+)
 def test_every_format(tmp_path, name, dtype):
     weights, inputs = WEIGHTS[name]
     model = network(dtype)
@@ -124,7 +130,14 @@ def test_every_format(tmp_path, name, dtype):
         assert zeros(input_points[0]) == tuple(state["fc.input_zero_point"].float().tolist())
 
 
-@pytest.mark.parametrize("args", PACKED, ids=lambda args: "-".join(map(str, args.values())))
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(args, marks=() if args["strategy"] == "group" and not args["symmetric"] else pytest.mark.long)
+        for args in PACKED
+    ],
+    ids=lambda args: "-".join(map(str, args.values())),
+)
 def test_every_width_and_both_layouts(tmp_path, args):
     """Releases up to 0.17.1 left the rest of a word empty; the config says which release wrote a file."""
     model = network(BFLOAT16 if args["num_bits"] % 2 else FLOAT16, columns=224 if args["strategy"] == "group" else 221)
