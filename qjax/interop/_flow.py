@@ -102,7 +102,9 @@ class _Flow:
         if not isinstance(given, FeatureMap):
             return Same()
         left = [size for axis, size in enumerate(shape) if axis not in contracted]
-        return Same() if sum(size > 1 for size in left) <= 1 else Unknown(f"{op.name} is a dot over a feature map")
+        if sum(size > 1 for size in left) <= 1:
+            return Same()
+        return Unknown(f"{op.name} is a dot over a feature map", merged=False)
 
 
 def _contracted(place: Place, contracted: Sequence[int], shape: Sequence[int]) -> Place:
@@ -159,7 +161,8 @@ def _through(eqn: Any, given: Sequence[tuple[Place, tuple[int, ...]]], shape: tu
     # An argument is laid out as what it is combined with, and a vector as anything.
     told = [each for each in full if each[0] != _INPUT and not (isinstance(each[0], Same) and _is_vector(each[1]))]
     if len({place for place, _ in told}) > 1:
-        return Unknown(f"what a {name} takes is laid out in different ways")
+        merged = any(_may_be_merged(place) for place, _ in told)
+        return Unknown(f"what a {name} takes is laid out in different ways", merged)
     place, before = (told or full)[0]
     if isinstance(place, Same):
         return place
@@ -177,7 +180,11 @@ def _through(eqn: Any, given: Sequence[tuple[Place, tuple[int, ...]]], shape: tu
         return _reduced(place, tuple(eqn.params["axes"]), before)
     if len(before) == len(shape) and name not in ("rev", "gather", "scatter", "dot_general", "sort"):
         return place
-    return Unknown(f"a {name} lies between")
+    return Unknown(f"a {name} lies between", merged=_may_be_merged(place) or len(before) != len(shape))
+
+
+def _may_be_merged(place: Place) -> bool:
+    return isinstance(place, Flattened) or (isinstance(place, Unknown) and place.merged)
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

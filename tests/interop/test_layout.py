@@ -137,6 +137,38 @@ def test_what_cannot_be_told_has_to_be_said(between, why):
     assert derived(fn, params, IMAGE, flattened={"fc": None})["fc"] == Linear("fc")
 
 
+def test_dots_over_the_channels_of_a_feature_map_need_no_order():
+    """As in a ConvNeXt: torch moves the channels last for them, and back."""
+
+    def fn(p, x):
+        x = conv(x, p["conv"]["w"])
+        y = jax.nn.gelu(x @ p["up"]["w"]) @ p["down"]["w"]
+        return flat(x + y) @ p["head"]["w"]
+
+    shapes = {"up": (4, 8), "down": (8, 4), "head": (192, 3)}
+    params = KERNEL | {name: {"w": jnp.ones(shape)} for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"in which order head takes its inputs .* laid out in different ways"):
+        derived(fn, params, IMAGE)
+    got = derived(fn, params, IMAGE, flattened={"head": (6, 8, 4)})
+    assert (got["up"], got["down"]) == (Linear("up"), Linear("down"))
+
+
+def test_attention_needs_no_order():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(11, 8, name="embed")(ids)
+            x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
+            return nn.Dense(3, name="head")(x.reshape(x.shape[0], -1))
+
+    ids = jnp.zeros((2, 5), jnp.int32)
+    params = Block().init(jax.random.key(0), ids)
+    got = derived(Block().apply, params, ids)
+    assert got["attention/out"] == Linear("attention.out")
+    assert got["head"] == Linear("head"), "tokens and features are in one order in both"
+    assert len(got) == 6
+
+
 def test_flattened_arguments_are_in_an_unknown_order_unless_one_axis_is_left():
     def fn(p, x):
         return flat(x) @ p["fc"]["w"]
