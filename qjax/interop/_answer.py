@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qjax.interop._checkpoint import Checkpoint
 from qjax.interop._dialects import points as points_of
-from qjax.interop._points import QuantPoint
+from qjax.interop._points import PointTable, QuantPoint
 from qjax.interop._text import minus, some
 
 _FLOAT = "No module stores the qparams of an output: activations are float, or quantized at run time and turned back at once."
@@ -76,6 +76,12 @@ def answer(points: Sequence[QuantPoint], dialect: str) -> Answer:
     )
 
 
+def answer_of(checkpoint: Checkpoint, table: PointTable) -> Answer:
+    """The answer of a checkpoint; a graph of PT2E says in which order its ops run, other files in which they were made."""
+    in_order = checkpoint.program is not None and table.dialect == "pt2e"
+    return answer(checkpoint.program.points if in_order and checkpoint.program else table.points, table.dialect)
+
+
 def output_point(checkpoint: Checkpoint, op: str | None = None) -> QuantPoint:
     """The point by which a model's integer outputs are read.
 
@@ -93,7 +99,7 @@ def output_point(checkpoint: Checkpoint, op: str | None = None) -> QuantPoint:
     """
     table = points_of(checkpoint)
     if op is None:
-        found = answer(table.points if checkpoint.program is None else checkpoint.program.points, table.dialect)
+        found = answer_of(checkpoint, table)
         if found.point is None:
             raise ValueError(f"{checkpoint.path}: {found.text} Name another module's output by op.")
         return found.point

@@ -14,7 +14,7 @@ import numpy as np
 from qjax import containers
 from qjax._formats import Int
 from qjax._quantize import QTensor
-from qjax.interop._answer import NO_ANSWER, Answer, answer, law_of
+from qjax.interop._answer import NO_ANSWER, Answer, answer_of, law_of
 from qjax.interop._checkpoint import Checkpoint
 from qjax.interop._code_statistics import CodeStatistics, code_statistics
 from qjax.interop._deferred import Deferred
@@ -237,7 +237,7 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
         tuple(unknown),
         findings(known, unknown, contents),
         tuple(_of_training(known)),
-        answer(checkpoint.program.points if checkpoint.program is not None else table.points, checkpoint.dialect),
+        answer_of(checkpoint, table),
     )
 
 

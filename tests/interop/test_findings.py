@@ -1,6 +1,7 @@
 """Warnings on files of live torch: each on one that has what it warns of, and silent on one that has not."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -244,3 +245,24 @@ def test_dynamic_modules(tmp_path):
     ]  # fmt: skip
     assert explanation.unread == ()
     assert explanation.answer.point is None
+
+
+def test_one_answer_whatever_the_file(tmp_path):
+    """A state dict, a module that was saved whole, a script and a trace of one model mean the same."""
+    model = static([nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)], torch.randn(2, 3, 4, 4))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    torch.save(model, tmp_path / "whole.pt")
+    torch.jit.save(torch.jit.script(model), tmp_path / "script.pt")
+    with warnings.catch_warnings():  # a trace warns of each scale that it makes a literal
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, torch.randn(2, 3, 4, 4)), tmp_path / "trace.pt")
+    answers = set()
+    for name in ("state", "whole", "script", "trace"):
+        explanation = qjax.interop.explain(qjax.interop.load(tmp_path / f"{name}.pt"))
+        assert max(map(len, str(explanation).splitlines()[1:])) <= 80
+        point = explanation.answer.point
+        assert (point.op, point.role) == ("4", "output")
+        assert (point.scale, point.zero_point) == (np.float32(model[4].scale), model[4].zero_point)
+        answers.add(explanation.answer.text)
+        assert qjax.interop.compare(tmp_path / "state.pt", tmp_path / f"{name}.pt").equal
+    assert len(answers) == 1

@@ -133,6 +133,17 @@ def test_weights_of_a_program(made, name, options):
     assert seen == (2 if name == "xnnpack" and options.get("dynamic") else 3)
 
 
+def test_what_its_outputs_mean_is_said(made):
+    model = made("x86")
+    explanation = qjax.interop.explain(model.load("model.pt2"))
+    assert explanation.answer.text.startswith("A graph of PT2E turns codes into floats before it returns them.")
+    assert max(map(len, str(explanation).splitlines()[1:])) <= 80
+    assert not any(name.startswith(("_scale_", "_zero_point_")) for name, _, _ in explanation.floats)
+    without = qjax.interop.explain(model.load("converted.pt")).answer
+    assert without.text.startswith("What integer outputs mean cannot be known from this file: PT2E holds the qparams")
+    assert without.point is None
+
+
 @pytest.mark.parametrize(("name", "options"), EVERY)
 def test_activations_of_a_program(made, name, options):
     model = made(name, **options)
