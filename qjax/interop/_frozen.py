@@ -21,7 +21,7 @@ from qjax.interop._program import Program, program_point, qtensor
 _FROZEN = re.compile(r"_frozen_param(\d{1,9})")
 _SCALE = re.compile(r"_scale_(\d{1,9})")
 _SAMPLE = 256  # elements that are compared: no two layers agree on as many
-_MOST_TRIALS = 20_000  # comparisons for one file: a damaged one may have no pair at all
+_MOST_TRIALS = 10_000  # comparisons for one file: a damaged one may have no pair at all
 _LITERAL = "a weight with one scale has it as a literal in the graph, which a state dict does not hold"
 _IN_ORDER = "the file has no float weight to tell by; torch numbers scales and codes in the same order"
 
@@ -75,6 +75,10 @@ def join_frozen(tensors: dict[str, Any]) -> Program | None:
             if _explains(codes, tensors[weight], scale, axis):
                 found = scale, axis, weight
                 break
+        if found is not None:  # the next codes are of another weight
+            same_shape = weights[codes.shape]
+            same_shape.remove(found[2])
+            same_shape.append(found[2])
         origin = None
         if found is None and in_order and same and codes.ndim and codes.shape[0] == same.scale.size:
             found, origin = (same, 0, None), Origin("assumed", _IN_ORDER)

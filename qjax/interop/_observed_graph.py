@@ -20,6 +20,7 @@ from qjax.interop._points import Origin, QuantPoint
 from qjax.interop._statistics import Statistics
 
 _OBSERVER = re.compile(r"activation_post_process_\d+")
+_EPS = 2.0**-12  # of the quantizers' observers, but under QAT
 _WHY = "the file holds no dtype; it is that of torchao's X86InductorQuantizer by default"
 
 
@@ -35,8 +36,9 @@ class ObservedGraph:
                     axes = tuple(range(1, value.ndim))
                     self._weights.setdefault(_key(np.min(value, axis=axes), np.max(value, axis=axes)), key)
                     self._weights.setdefault(_key(np.min(value), np.max(value)), key)
-        # torch's own graph mode observes no weights, or does so in modules.
         self._observes_weights = any(low.ndim == 1 or _key(low, high) in self._weights for low, high in ranges)
+        # FX graph mode observes weights so, too, where they are those of functions. It has no guards, and another eps.
+        self._exported = "_guards_fn" in contents.metadata or _EPS in _smallest_scales(contents)
 
     def weight(self, observer: str, stats: Statistics | None) -> str | None:
         """The key of the weight that an observer of the graph watches; None where it watches something else."""
@@ -46,7 +48,7 @@ class ObservedGraph:
 
     def assume(self, observer: str, assume: Assumptions) -> Assumptions:
         """What to assume of an observer: the quantizer's default where it is one of a graph's."""
-        if not self.has(observer):
+        if not (self._exported and self.has(observer)):
             return assume
         return dataclasses.replace(
             assume,
@@ -55,7 +57,7 @@ class ObservedGraph:
         )
 
     def has(self, observer: str) -> bool:
-        """Whether an observer is one of a graph in which weights are observed, too, as they are in PT2E."""
+        """Whether an observer is one of a graph in which weights are observed, too."""
         return self._observes_weights and _OBSERVER.fullmatch(observer) is not None
 
     def named(self, point: QuantPoint, observer: str, stats: Statistics | None, asked: QuantSpec | None) -> QuantPoint:
@@ -65,9 +67,23 @@ class ObservedGraph:
         key = self.weight(observer, stats)
         if key is not None:
             point = dataclasses.replace(point, op=split(key)[0], role="weight", tensor=key)
+        if not self._exported:
+            return point
         if asked is None and point.codes_from.kind == "assumed":
             point = dataclasses.replace(point, codes_from=Origin("assumed", _WHY))
         return dataclasses.replace(point, dtype=point.dtype and point.dtype.removeprefix("q"))
+
+
+def _smallest_scales(contents: Contents) -> set[float]:
+    """The eps of the observers of the graph."""
+    found: set[float] = set()
+    for key, value in contents.tensors.items():
+        observer, last = split(key)
+        if last != "eps" or not _OBSERVER.fullmatch(observer) or not isinstance(value, np.ndarray):
+            continue
+        if value.dtype == np.float32 and value.size == 1:
+            found.add(value.item())
+    return found
 
 
 def _ranges(contents: Contents) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax._granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from qjax._quantize import QTensor
-from qjax.containers import FormatError, Parameter, RawTensor
+from qjax.containers import FormatError, Object, Parameter, RawTensor
 from qjax.interop._graph import Graph, Node, at_node
 from qjax.interop._points import Origin, QuantPoint, Role
 from qjax.interop._program import Program, program_point, qtensor
@@ -83,6 +83,7 @@ class _Reader:
         self._graph = graph
         self._values = values
         self._prefix = prefix
+        self._has_subclasses = any(isinstance(v, Object) and v.name.startswith("torchao.") for v in values.values())
         self.qtensors: dict[str, QTensor] = {}
         self.claimed: set[str] = set()
 
@@ -91,7 +92,7 @@ class _Reader:
         for node in self._graph.nodes:
             match = _OPS.fullmatch(node.target)
             if match is None:
-                if _OTHER.fullmatch(node.target) and not _CHOOSE.fullmatch(node.target):
+                if _OTHER.fullmatch(node.target) and not _CHOOSE.fullmatch(node.target) and not self._in_subclass(node):
                     yield self._unknown(node)
                 continue
             said = self._qparams(node, match[2])
@@ -146,6 +147,10 @@ class _Reader:
             tensor=tensor,
             eps=said.eps,
         )
+
+    def _in_subclass(self, node: Node) -> bool:
+        """Whether torchao's tensor subclasses are in the file: they say what their nodes do."""
+        return node.target.startswith("torch.ops.torchao.") and self._has_subclasses
 
     def _unknown(self, node: Node) -> QuantPoint:
         return QuantPoint(

@@ -120,3 +120,31 @@ def test_what_contradicts_itself_is_left_out(tmp_path, change):
     torch.save(state, tmp_path / "a.pt")
     table = qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
     assert {point.op for point in table if point.role == "weight"} == {"body.0", "fc2"}
+
+
+class Functions(nn.Module):
+    """A weight that no module quantizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b, self.fc = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(nn.functional.linear(x, self.w, self.b))
+
+
+def test_observers_of_functions(tmp_path):
+    """They look like those of PT2E, and are of torch's own engines all the same."""
+    example = (torch.zeros(2, 8),)
+    model = fx.prepare_fx(Functions().eval(), ao.get_default_qconfig_mapping("fbgemm"), example)
+    model(torch.randn(5, 8))
+    checkpoint, table = loaded(model, tmp_path)
+    assert checkpoint.dialect == "prepared"
+    (weight,) = [point for point in table if point.role == "weight"]
+    assert (weight.tensor, weight.dtype) == ("w", "qint8")
+    assert scales(weight) == tuple(model.activation_post_process_1.calculate_qparams()[0].tolist())
+    for name in ("activation_post_process_0", "activation_post_process_2", "activation_post_process_3"):
+        (point,) = table.of(name, "output")
+        scale, zero_point = getattr(model, name).calculate_qparams()
+        assert (scales(point), zeros(point)) == (tuple(scale.tolist()), tuple(zero_point.tolist()))
+        assert (point.dtype, point.quant_max) == ("quint8", 127)

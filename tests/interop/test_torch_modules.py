@@ -10,7 +10,6 @@ import pytest
 
 import qjax
 from qjax import containers
-from qjax.interop._script_code import literals
 from tests.interop.numbers_of import scales, zeros
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
@@ -238,45 +237,3 @@ def test_nothing_is_executed(tmp_path, nested):
             qjax.interop.load(path)
     assert not CALLED
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("_0 = ops.quantized.add(_1, _1, 0.25, 3)", [("ops.quantized.add", 0.25, 3, None)]),
-        ("_0 = ops.quantized.elu(x, 1e-2, 0, 1.)", [("ops.quantized.elu", 0.01, 0, None)]),
-        ("_0 = ops.quantized.leaky_relu(x, 0.01, False, 0.5, -5)", [("ops.quantized.leaky_relu", 0.5, -5, None)]),
-        ("_0 = ops.quantized.layer_norm(x, [5], w, b, 1e-05, 0.5, 7)", [("ops.quantized.layer_norm", 0.5, 7, None)]),
-        ("_0 = ops.quantized.cat([x, y], 1, 2., 9)", [("ops.quantized.cat", 2.0, 9, None)]),
-        ("_0 = torch.quantize_per_tensor(x, 0.5, 59, 13)", [("torch.quantize_per_tensor", 0.5, 59, 13)]),
-        (
-            "_0 = ops.quantized.mul(ops.quantized.add(a, b, 0.5, 1), torch.f(0.1, 2), 0.25, 3)",
-            [("ops.quantized.add", 0.5, 1, None), ("ops.quantized.mul", 0.25, 3, None)],
-        ),
-        ('_0 = torch.warn("ops.quantized.add(a, b, 0.5, 1)")', []),
-        ("_0 = ops.quantized.add(_1, _1, scale, zero_point)", []),
-        ("_0 = ops.quantized.linear_prepack(w, 0.5, 3)", []),
-        ("_0 = ops.quantized.add(a, b, 0.5, " + "1" * 5000 + ")", []),
-        ("_0 = ops.quantized.add(a, b, 0." + "1" * 5000 + ", 1)", []),
-        ("ops.quantized.add(a, b, 0.5", []),
-        ("ops.quantized.add))))]]]](((,,,", []),
-        ('ops.quantized.add("' + '\\"' * 100_000, []),
-    ],
-)  # fmt: skip
-def test_literals_of_a_line(line, found):
-    code = {"__torch__/a.py": f"class Net(Module):\n  def forward(self, x: Tensor) -> Tensor:\n    {line}\n"}
-    assert literals(code) == ({"__torch__.a.Net": [tuple(call) for call in found]} if found else {})
-
-
-def test_code_without_bounds(monkeypatch):
-    deep = "class A(Module):\n  _0 = ops.quantized.add" + "(" * 2000
-    with pytest.raises(containers.FormatError, match="code nested too deep"):
-        literals({"a.py": deep})
-    monkeypatch.setattr(qjax.interop._script_code, "_MOST_TOKENS", 100)
-    with pytest.raises(containers.FormatError, match="more code than is read"):
-        literals({"a.py": "class A(Module):\n" + "  _0 = ops.quantized.add(a, b, 0.5, 1)\n" * 20})
-    monkeypatch.setattr(qjax.interop._script, "_MOST_POINTS", 1)
-    code = "class A(Module):\n" + "  _0 = ops.quantized.add(a, b, 0.5, 1)\n" * 2
-    modules = qjax.interop._module_tree.Modules({}, {}, {"": "__torch__.A"})
-    with pytest.raises(containers.FormatError, match="more calls than are read"):
-        qjax.interop._script.script_program(modules, {"code": {"__torch__.py": code}}, {})

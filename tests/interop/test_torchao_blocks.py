@@ -9,7 +9,6 @@ import pytest
 
 import qjax
 from qjax import containers
-from qjax.interop._torchao import from_object
 from tests.interop.numbers_of import scales, zeros
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
@@ -160,6 +159,20 @@ def test_a_scale_before_the_quantization(tmp_path):
     assert point.qparams_from.detail.startswith("x is first multiplied by act_pre_scale of 0.weight; scale = max(")
 
 
+def test_exported_programs_say_what_the_state_dict_says(tmp_path):
+    model = network(ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(model, (torch.ones(2, 64),)), tmp_path / "a.pt2")
+    exported, state = (
+        qjax.interop.load(path) for path in (tmp_path / "a.pt2", written(model.state_dict(), tmp_path, "torch"))
+    )
+    assert exported.dialect == state.dialect == "torchao"
+    np.testing.assert_array_equal(exported["0.weight"].dequantize(), state["0.weight"].dequantize())
+    tables = [qjax.interop.points(checkpoint) for checkpoint in (exported, state)]
+    assert [(p.op, p.role, p.qparams_from) for p in tables[0]] == [(p.op, p.role, p.qparams_from) for p in tables[1]]
+
+
 def test_intx_inputs(tmp_path):
     from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
 
@@ -223,80 +236,3 @@ def test_nvfp4_inputs(tmp_path):
         "tensor_scale = 0.5, act_per_tensor_scale of 0.weight",
         "tensor_scale = 1",
     ]
-
-
-def raw(dtype, *shape):
-    return containers.RawTensor(dtype, np.full(shape, 120, np.uint8))
-
-
-GOOD = {
-    "MXTensor": {
-        "qdata": raw("float8_e4m3fn", 4, 64),
-        "scale": raw("float8_e8m0fnu", 4, 2),
-        "elem_dtype": containers.Global("torch.float8_e4m3fn"),
-        "block_size": 32,
-    },
-    "NVFP4Tensor": {"qdata": np.ones((4, 32), np.uint8), "scale": raw("float8_e4m3fn", 4, 4), "block_size": 16},
-    "Int4Tensor": {
-        "qdata": np.ones((4, 32), np.int8),
-        "scale": np.ones((2, 4), np.float32),
-        "zero_point": np.zeros((2, 4), np.float32),
-        "block_size": [1, 32],
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
-        ("MXTensor", {"qdata": None}, "without its qdata or scale"),
-        ("MXTensor", {"scale": np.ones(8, np.float32)}, "without its qdata or scale"),
-        ("MXTensor", {"qdata": raw("float8_e4m3fn", 2, 32)}, r"shape \(4, 64\) whose qdata holds \(2, 32\)"),
-        ("MXTensor", {"qdata": containers.RawTensor("float8_e4m3fn", np.ones((64, 4), np.uint8).T)}, "transposed"),
-        ("MXTensor", {"scale": raw("float8_e8m0fnu", 4, 3)}, r"12 scales for \(4, 2\)"),
-        ("MXTensor", {"scale": containers.RawTensor("float8_e8m0fnu", np.full((4, 2), 255, np.uint8))}, "scale of nan"),
-        ("MXTensor", {"is_swizzled_scales": True}, "8 swizzled scales for 4 rows of 2"),
-        ("MXTensor", {"elem_dtype": containers.Global("torch.int8")}, "an MXTensor of int8"),
-        ("MXTensor", {"elem_dtype": 7}, "an MXTensor of 7"),
-        ("MXTensor", {"block_size": 0}, "a block_size of 0"),
-        ("MXTensor", {"block_size": 48}, "blocks of 48 in rows of 64"),
-        ("MXTensor", {"block_size": 10**30}, "a block_size of 1000"),
-        ("NVFP4Tensor", {"scale": containers.RawTensor("float8_e4m3fn", np.zeros((4, 4), np.uint8))}, "a scale of 0.0"),
-        ("NVFP4Tensor", {"per_tensor_scale": np.float64(1)}, "no float32"),
-        ("NVFP4Tensor", {"per_tensor_scale": np.ones((3, 1), np.float32)}, "no float32"),
-        ("NVFP4Tensor", {"per_tensor_scale": np.asarray(np.inf, np.float32)}, "not positive and finite"),
-        ("Int4Tensor", {"qdata": np.ones((4, 32), np.int32)}, "without its qdata"),
-        ("Int4Tensor", {"scale": np.ones((4, 2), np.float32)}, r"scales of shape \(4, 2\)"),
-        ("Int4Tensor", {"block_size": [2, 32]}, r"block_size of \[2, 32\]"),
-        ("Int4Tensor", {"block_size": [1, 0]}, "in groups of 0"),
-        ("Int4Tensor", {"scale": -np.ones((2, 4), np.float32)}, "not positive and finite"),
-    ],
-)
-def test_blocks_that_contradict_themselves_are_refused(kind, changes, message):
-    def read(state):
-        return from_object(containers.Object(f"torchao.{kind}", args=(None, (4, 64)), state=state), "w")
-
-    assert read(GOOD[kind]).weight.tensor().shape == (4, 64)
-    with pytest.raises(containers.FormatError, match=rf"tensor 'w': found .*{message}"):
-        read({**GOOD[kind], **changes})
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        "x" * 10**5,
-        {},
-        {"_type": 3},
-        {"_type": "QuantizeTensorToInt8Kwargs", "_data": {"granularity": {"_type": "PerRow", "_data": {"dim": 0}}}},
-        {"_type": "QuantizeTensorToInt8Kwargs", "_data": {"mapping_type": {"_data": [1]}}},
-        {"_type": "QuantizeTensorToMXKwargs", "_data": {"block_size": 10**30, "elem_dtype": "x"}},
-        {"_type": "QuantizeTensorToNVFP4Kwargs", "_data": {"block_size": -1}},
-        {"_type": "QuantizeTensorToFloat8Kwargs", "_data": {"hp_value_lb": 1.0}},
-    ],
-)
-def test_settings_that_are_not_known(settings):
-    from qjax.interop._torchao_inputs import input_point
-
-    point = input_point("l", "l.weight", settings)
-    assert (point.qparams_from.kind, point.scale) == ("unknown", None)
-    assert len(point.qparams_from.detail) <= 120
