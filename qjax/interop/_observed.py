@@ -185,6 +185,14 @@ def _observer_state(site: Site, path: str, buffers: Buffers) -> Any:
     if isinstance(quantizer, Histogram):
         mend = "It is no HistogramObserver in torch. " + _OTHER_RECIPE
         counts = buffers.floats(f"{path}.histogram", shape=(quantizer.bins,), mend=mend)
+        bad = counts[~(np.isfinite(counts) & (counts >= 0))]
+        if bad.size:
+            raise FormatError(
+                f"a count of {bad[0]}",
+                expected="counts that are finite and not negative",
+                place=place(f"{path}.histogram"),
+                mend="The file is damaged.",
+            )
         return HistogramState(jnp.asarray(counts), *ends)
     if isinstance(quantizer, MinMax):
         return MinMaxState(*ends)

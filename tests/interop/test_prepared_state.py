@@ -96,10 +96,10 @@ def test_any_float_is_carried_as_it_is(tmp_path):
     static = record(STATIC)
     static["fc1.activation_post_process.min_val"] = np.float32(-0.0)
     counts = static["fc1.activation_post_process.histogram"].copy()
-    counts[:5] = bits.view(np.float32)
+    counts[:2] = 2.0**-149, 2.0**127
     static["fc1.activation_post_process.histogram"] = counts
     found = read(tmp_path, static, STATIC).qvars.state["fc1/output"]
-    assert np.asarray(found.histogram[:5]).view(np.uint32).tolist() == bits.tolist()
+    assert np.asarray(found.histogram).tobytes() == counts.tobytes()
     assert np.signbit(found.min_val)
 
 
@@ -186,6 +186,17 @@ def test_ends_that_cross(tmp_path, recipe):
     state[key] = np.float32(99)
     with pytest.raises(containers.FormatError, match=r"fc1.*min_val'.*a min_val of 99.0 above the max_val of"):
         read(tmp_path, state, recipe)
+
+
+@pytest.mark.parametrize("count", [-1.0, np.inf, np.nan])
+def test_counts_that_are_none(tmp_path, count):
+    key = "fc1.activation_post_process.histogram"
+    state = dict(record(STATIC))
+    state[key] = np.full_like(state[key], count)
+    with pytest.raises(
+        containers.FormatError, match=rf"'{key}': found a count of {count}; expected counts that are finite"
+    ):
+        read(tmp_path, state, STATIC)
 
 
 def test_files_of_other_dialects(tmp_path):
