@@ -1,6 +1,7 @@
 """Replace a file or a folder in one step or leave it as it was."""
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
@@ -46,9 +47,9 @@ def replace_folder(
     """Write files into a folder, all of them or none.
 
     They are written into a new folder beside the target, which then takes its place; other files of the old folder are linked
-    into the new one. Where the target is there already, there is a moment at which it has another name, between two
-    renames: a process that is killed right then leaves the old folder whole under that name, which begins with a dot and
-    ends with `.old`.
+    into the new one. On Linux the two change places in one step. Elsewhere a target that is there already has another name
+    for a moment, between two renames: a process that is killed right then leaves the old folder whole under that name,
+    which begins with a dot and ends with ``.old``.
 
     Args:
         path: the target; a symbolic link is followed.
@@ -73,17 +74,31 @@ def replace_folder(
         else:
             _keep_others(target, temporary, replaced)
             os.chmod(temporary, os.stat(target).st_mode & 0o7777)
-            os.rename(target, old)
-            try:
-                os.rename(temporary, target)
-            except BaseException:
-                os.rename(old, target)
-                raise
+            if _exchange(temporary, target):
+                old = temporary
+            else:
+                os.rename(target, old)
+                try:
+                    os.rename(temporary, target)
+                except BaseException:
+                    os.rename(old, target)
+                    raise
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(above)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Let two folders change places in one step; False where the system cannot: ``renameat2`` is Linux's."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
+    return function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _keep_others(source: str, target: str, replaced: Callable[[str], bool]) -> None:

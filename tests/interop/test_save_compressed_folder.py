@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import qjax
 from qjax import containers
 from qjax._granularity import statistic_shape
+from qjax.containers import _atomic
 from qjax.containers._atomic import replace_folder
 
 INT4 = qjax.QuantSpec(qjax.int4, symmetric=True, granularity=qjax.PerGroup(-1, 8))
@@ -79,6 +81,7 @@ def test_an_interrupted_write_leaves_the_old_folder_whole(tmp_path, monkeypatch,
     elif failing == "open":
         monkeypatch.setattr(json, "dumps", stop)
     else:
+        monkeypatch.setattr(_atomic, "_exchange", lambda one, other: False)
         monkeypatch.setattr(os, "rename", rename)
     with pytest.raises((OSError, KeyboardInterrupt)):
         save(folder)
@@ -92,6 +95,35 @@ def test_an_interrupted_write_leaves_the_old_folder_whole(tmp_path, monkeypatch,
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         save(folder)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
+def test_on_linux_the_folders_change_places_in_one_step(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    save(folder)
+    (folder / "tokenizer.json").write_text("{}")
+
+    def rename(*args):
+        raise AssertionError("there is a moment without the folder")
+
+    monkeypatch.setattr(os, "rename", rename)
+    save(folder, config={"hidden_size": 4})
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 4
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_tensors_that_were_read_from_the_folder_stay_whole(tmp_path, monkeypatch, exchange):
+    """They are views of the file that is replaced."""
+    if not exchange:
+        monkeypatch.setattr(_atomic, "_exchange", lambda one, other: False)
+    save(tmp_path / "model")
+    checkpoint = qjax.interop.load(tmp_path / "model")
+    before = np.array(checkpoint["fc.weight"].codes)
+    qjax.interop.save_compressed_tensors(tmp_path / "model", checkpoint)
+    np.testing.assert_array_equal(checkpoint["fc.weight"].codes, before)
+    np.testing.assert_array_equal(qjax.interop.load(tmp_path / "model")["fc.weight"].codes, before)
 
 
 def test_files_are_copied_where_they_cannot_have_two_names(tmp_path, monkeypatch):
