@@ -75,7 +75,7 @@ def test_ops_are_chosen_and_what_is_left_out_is_said(monkeypatch, tmp_path):
     assert page.get_supxlabel() == "Not drawn: 1 more weights and 1 more activations; choose by --op REGEX"
 
 
-@pytest.mark.parametrize("ending", ["pdf", "svg"])
+@pytest.mark.parametrize("ending", ["svg", pytest.param("pdf", marks=pytest.mark.long)])
 def test_other_endings(monkeypatch, tmp_path, ending):
     drawn(monkeypatch, tmp_path, {"w": affine((4, 3))}, f"a.{ending}")
     start = (tmp_path / f"a.{ending}").read_bytes()[:5]

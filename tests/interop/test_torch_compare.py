@@ -95,6 +95,7 @@ def test_version_0_of_qat_trains_with_what_convert_gives(tmp_path):
     assert "In training and after convert() the qparams are the same." in " ".join(str(explanation).split())
 
 
+@pytest.mark.long
 def test_engines(tmp_path):
     """qnnpack has one scale for a weight, and 255 steps of an activation where fbgemm has 127."""
     fbgemm = saved(ao.convert(calibrated(ao.get_default_qconfig("fbgemm"))), tmp_path / "fbgemm.pt")
@@ -126,6 +127,7 @@ def test_full_and_reduced_range(tmp_path):
             assert each.ratio[0] == pytest.approx(255 / 127 if free == "A" else 127 / 255, rel=1e-6)
 
 
+@pytest.mark.long
 def test_weights_per_tensor_and_per_channel(tmp_path):
     per_tensor = minmax(reduce_range=True, weight=ao.default_weight_observer)
     first = saved(ao.convert(calibrated(per_tensor)), tmp_path / "a.pt")
@@ -140,6 +142,7 @@ def test_weights_per_tensor_and_per_channel(tmp_path):
         assert each.effect == pytest.approx(gap / float(x.scale), rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_narrow_range_of_xnnpack(tmp_path):
     narrow = ao.PerChannelMinMaxObserver.with_args(
         dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-127, quant_max=127
@@ -154,6 +157,7 @@ def test_the_narrow_range_of_xnnpack(tmp_path):
         )
 
 
+@pytest.mark.long
 def test_another_network_altogether(tmp_path):
     first = saved(ao.convert(calibrated(minmax(reduce_range=True))), tmp_path / "a.pt")
     net = calibrated(minmax(reduce_range=True))
