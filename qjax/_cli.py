@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qjax import containers, interop
-from qjax.interop._shell import describe_outputs, read_codes, save_floats
+from qjax.interop._explain.shell import describe_outputs, read_codes, save_floats
 
 _EXPECTED = (containers.FormatError, OSError, ValueError, TypeError, ModuleNotFoundError)
 

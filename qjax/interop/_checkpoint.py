@@ -11,18 +11,18 @@ import numpy as np
 from qjax import containers
 from qjax._quantize import QTensor
 from qjax.containers._errors import quoted
-from qjax.interop._compressed import Compressed
-from qjax.interop._compressed import join as join_compressed
 from qjax.interop._deferred import Deferred
-from qjax.interop._dialects import Contents, recognise
-from qjax.interop._frozen import join_frozen
-from qjax.interop._module_tree import Modules, is_module, state_dict_of
-from qjax.interop._packed import unpack_script
-from qjax.interop._program import Program
-from qjax.interop._pt2e import read_models
-from qjax.interop._script import read_script, script_program
+from qjax.interop._dialects.all import Contents, recognise
+from qjax.interop._read.compressed import Compressed
+from qjax.interop._read.compressed import join as join_compressed
+from qjax.interop._read.frozen import join_frozen
+from qjax.interop._read.module_tree import Modules, is_module, state_dict_of
+from qjax.interop._read.packed import unpack_script
+from qjax.interop._read.program import Program
+from qjax.interop._read.pt2e import read_models
+from qjax.interop._read.script import read_script, script_program
+from qjax.interop._read.torchao import Torchao, from_object, join_safetensors
 from qjax.interop._torch_tensors import from_node, to_node
-from qjax.interop._torchao import Torchao, from_object, join_safetensors
 
 _PACKED = "_packed_params._packed_params"
 _PACKED_WEIGHT = "_packed_params._packed_weight"  # of an Embedding or an EmbeddingBag

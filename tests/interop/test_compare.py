@@ -128,7 +128,7 @@ CHANNEL = {"granularity": qjax.PerChannel(0)}
     ],
 )  # fmt: skip
 def test_reasons_that_are_known_by_construction(rng, a, b, reason):
-    from qjax.interop._differences import difference
+    from qjax.interop._explain.differences import difference
     from qjax.interop._points import tensor_point
 
     x = jnp.asarray(rng.normal(size=(4, 30)), jnp.float32) * jnp.array([[1.0], [0.1], [3.0], [0.5]])
@@ -148,7 +148,7 @@ def test_reasons_that_are_known_by_construction(rng, a, b, reason):
 
 
 def test_the_axis_and_the_order_of_square_weights(rng):
-    from qjax.interop._differences import difference
+    from qjax.interop._explain.differences import difference
     from qjax.interop._points import tensor_point
 
     x = jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)
@@ -175,7 +175,7 @@ def test_the_axis_and_the_order_of_square_weights(rng):
 
 @pytest.mark.parametrize("number_format", [qjax.e4m3, qjax.e2m1, qjax.nf4])
 def test_small_floats_and_codebooks(rng, number_format):
-    from qjax.interop._differences import difference
+    from qjax.interop._explain.differences import difference
     from qjax.interop._points import tensor_point
 
     first = quantized(jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), number_format=number_format, symmetric=False)
@@ -230,7 +230,7 @@ def test_what_only_one_has_and_floats(path, tmp_path):
 
 
 def test_codes_in_pieces_and_in_groups(rng, monkeypatch):
-    from qjax.interop import _differences
+    from qjax.interop._explain import differences
     from qjax.interop._points import tensor_point
 
     x = jnp.asarray(rng.normal(size=(6, 8)), jnp.float32)
@@ -239,11 +239,11 @@ def test_codes_in_pieces_and_in_groups(rng, monkeypatch):
         second = dataclasses.replace(first, codes=first.codes // 2)
         found = []
         for most in (2**20, 5):
-            cut = _differences.pieces
-            monkeypatch.setattr(_differences, "pieces", lambda shape, _, most=most, cut=cut: cut(shape, most))
+            cut = differences.pieces
+            monkeypatch.setattr(differences, "pieces", lambda shape, _, most=most, cut=cut: cut(shape, most))
             points = tensor_point("w", "w", first), tensor_point("w", "w", second)
-            found.append(_differences.difference("w", *points, (first, second)))
-            monkeypatch.setattr(_differences, "pieces", cut)
+            found.append(differences.difference("w", *points, (first, second)))
+            monkeypatch.setattr(differences, "pieces", cut)
         steps = np.abs(np.asarray(first.codes, int) - np.asarray(second.codes, int))
         assert found[0].codes == found[1].codes == (np.count_nonzero(steps), 48)
         assert found[0].effect == pytest.approx(steps.max(), rel=1e-5)

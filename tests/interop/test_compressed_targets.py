@@ -8,9 +8,9 @@ import pytest
 
 import qjax
 from qjax.containers import FormatError
-from qjax.interop import _compressed_config
-from qjax.interop._compressed_config import Targets, find_config
-from qjax.interop._match import Budget, Pattern
+from qjax.interop._read import compressed_config
+from qjax.interop._read.compressed_config import Targets, find_config
+from qjax.interop._read.match import Budget, Pattern
 from tests.interop.numbers_of import scales
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
@@ -212,7 +212,7 @@ def test_patterns_that_would_take_years(monkeypatch):
         Pattern(deep + "(?!x)" * 30).matches("ab" * 450, Budget(10**4))
     with pytest.raises(FormatError, match="a module name of 1001"):
         Pattern("a").matches("a" * 1001, Budget(10**4))
-    monkeypatch.setattr(_compressed_config, "_MOST_STEPS", 10**5)
+    monkeypatch.setattr(compressed_config, "_MOST_STEPS", 10**5)
     many = [f"re:(?:[a-c]|b|(?:a|c)*){{0,900}}x{index}" for index in range(3000)]
     groups = {"g": {"targets": many, "weights": {}}}
     quantization = {"quant_method": "compressed-tensors", "config_groups": groups}

@@ -291,26 +291,26 @@ def test_dead_and_saturated_channels(tmp_path):
 
 
 def test_statistics_of_pieces_are_those_of_the_whole(rng, monkeypatch):
-    from qjax.interop import _code_statistics
+    from qjax.interop._explain import code_statistics
 
     codes = rng.integers(-128, 128, (5, 7, 6)).astype(np.int8)
     views = [codes, codes.transpose(2, 0, 1), codes[::2, ::-1], codes[:0], codes[0, 0, 0]]
     for most in (1, 4, 10, 100, 1000):
-        monkeypatch.setattr(_code_statistics.pieces, "__defaults__", (most,))
+        monkeypatch.setattr(code_statistics.pieces, "__defaults__", (most,))
         for view in views:
             for axis in (None, *range(view.ndim)):
-                found = _code_statistics.code_statistics(view, qjax.int8, axis)
+                found = code_statistics.code_statistics(view, qjax.int8, axis)
                 assert found.at_limits == np.sum((view == -128) | (view == 127))
                 if view.size:
                     others = None if axis is None else tuple(i for i in range(view.ndim) if i != axis)
                     np.testing.assert_array_equal(found.low, np.min(view, axis=others).reshape(-1))
                     np.testing.assert_array_equal(found.high, np.max(view, axis=others).reshape(-1))
-            counts = _code_statistics.histogram(view, qjax.int8)
+            counts = code_statistics.histogram(view, qjax.int8)
             np.testing.assert_array_equal(counts, [np.sum(view == code) for code in range(-128, 128)])
 
 
 def test_small_floats(tmp_path):
-    from qjax.interop._code_statistics import code_statistics
+    from qjax.interop._explain.code_statistics import code_statistics
 
     bits = np.arange(256, dtype=np.uint8).reshape(2, 128)
     found = code_statistics(bits, qjax.e4m3, 0)
@@ -339,10 +339,10 @@ def test_inspect_wide_and_op(path, capsys):
 
 
 def test_json_of_many_scales_says_their_range(tmp_path, monkeypatch):
-    from qjax.interop import _explain
+    from qjax.interop._explain import explain
 
     explanation = explained(tmp_path, {"fc.weight": qtensor(axis=0)})
-    monkeypatch.setattr(_explain, "_LISTED", 3)
+    monkeypatch.setattr(explain, "_LISTED", 3)
     (point,) = json.loads(explanation.to_json())["points"]
     assert (point["scale"], point["zero_point"], point["scales"]) == (None, None, 4)
     assert (point["scale_min"], point["scale_max"]) == (

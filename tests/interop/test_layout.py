@@ -10,7 +10,7 @@ import pytest
 
 import qjax
 from qjax.interop import Conv1d, Conv2d, Conv3d, ConvTranspose2d, Embedding, Linear, torch_modules
-from qjax.interop._layout import Layout, layout_of
+from qjax.interop._write.layout import Layout, layout_of
 from tests.interop.programs import MODULES, calibrated, program
 
 W8 = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel("output"))

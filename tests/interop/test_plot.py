@@ -9,7 +9,7 @@ import pytest
 
 import qjax
 from qjax import _cli
-from qjax.interop import _plot
+from qjax.interop._explain import plot
 from tests.interop.programs import affine, qtensor
 
 figure = pytest.importorskip("matplotlib.figure", reason="draws with matplotlib, an optional extra")
@@ -68,8 +68,8 @@ def test_weights_and_activations_are_drawn(monkeypatch, tmp_path):
 def test_ops_are_chosen_and_what_is_left_out_is_said(monkeypatch, tmp_path):
     page = drawn(monkeypatch, tmp_path, STATE, ops="fc")
     assert page.axes[0].get_title(loc="left").startswith("fc.weight\n")
-    monkeypatch.setattr(_plot, "_WEIGHTS", 1)
-    monkeypatch.setattr(_plot, "_RANGES", 1)
+    monkeypatch.setattr(plot, "_WEIGHTS", 1)
+    monkeypatch.setattr(plot, "_RANGES", 1)
     page = drawn(monkeypatch, tmp_path, STATE)
     assert len(page.axes) == 3
     assert page.get_supxlabel() == "Not drawn: 1 more weights and 1 more activations; choose by --op REGEX"
@@ -109,8 +109,8 @@ def test_four_bits_in_groups(monkeypatch, tmp_path):
     explained = qjax.interop.explain(_checkpoint(tmp_path, q))
     page = figure.Figure()
     left, right = page.subplots(1, 2)
-    _plot._codes(left, explained.points[0], q)
-    _plot._scales(right, explained.points[0], None, q)
+    plot._codes(left, explained.points[0], q)
+    plot._scales(right, explained.points[0], None, q)
     assert len(left.patches) == 16
     assert titles(right)[0] == "scales, 3 a row: median, range"
     np.testing.assert_allclose(right.lines[0].get_ydata(), np.median(np.asarray(q.scale), axis=1))

@@ -140,7 +140,7 @@ def checkpoint(**tensors):
     ],
 )
 def test_script_objects_of_other_kinds_are_left_as_they_are(node):
-    from qjax.interop._packed import unpack_script
+    from qjax.interop._read.packed import unpack_script
 
     assert unpack_script("cell._packed_weight_ih", node) is None
     assert unpack_script("lstm._all_weight_values.0.param", node) is None

@@ -5,8 +5,8 @@ import pytest
 
 import qjax
 from qjax import containers
-from qjax.interop._script_code import literals
-from qjax.interop._torchao import from_object
+from qjax.interop._read.script_code import literals
+from qjax.interop._read.torchao import from_object
 from tests.containers import samples
 from tests.interop.fuzz_samples import hand_made
 
@@ -89,14 +89,14 @@ def test_code_without_bounds(monkeypatch):
     deep = "class A(Module):\n  _0 = ops.quantized.add" + "(" * 2000
     with pytest.raises(containers.FormatError, match="code nested too deep"):
         literals({"a.py": deep})
-    monkeypatch.setattr(qjax.interop._script_code, "_MOST_TOKENS", 100)
+    monkeypatch.setattr(qjax.interop._read.script_code, "_MOST_TOKENS", 100)
     with pytest.raises(containers.FormatError, match="more code than is read"):
         literals({"a.py": "class A(Module):\n" + "  _0 = ops.quantized.add(a, b, 0.5, 1)\n" * 20})
-    monkeypatch.setattr(qjax.interop._script, "_MOST_POINTS", 1)
+    monkeypatch.setattr(qjax.interop._read.script, "_MOST_POINTS", 1)
     code = "class A(Module):\n" + "  _0 = ops.quantized.add(a, b, 0.5, 1)\n" * 2
-    modules = qjax.interop._module_tree.Modules({}, {}, {"": "__torch__.A"})
+    modules = qjax.interop._read.module_tree.Modules({}, {}, {"": "__torch__.A"})
     with pytest.raises(containers.FormatError, match="more calls than are read"):
-        qjax.interop._script.script_program(modules, {"code": {"__torch__.py": code}}, {})
+        qjax.interop._read.script.script_program(modules, {"code": {"__torch__.py": code}}, {})
 
 
 def raw(dtype, *shape):
@@ -169,7 +169,7 @@ def test_blocks_that_contradict_themselves_are_refused(kind, changes, message):
     ],
 )
 def test_settings_that_are_not_known(settings):
-    from qjax.interop._torchao_inputs import input_point
+    from qjax.interop._dialects.torchao_inputs import input_point
 
     point = input_point("l", "l.weight", settings)
     assert (point.qparams_from.kind, point.scale) == ("unknown", None)

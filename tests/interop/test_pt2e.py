@@ -319,7 +319,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_programs_that_contradict_themselves(made, case):
-    from qjax.interop._pt2e import read_models
+    from qjax.interop._read.pt2e import read_models
 
     program, tree = program_of(made)
     act, message = HOSTILE[case]
@@ -330,7 +330,7 @@ def test_programs_that_contradict_themselves(made, case):
 
 def test_scales_that_are_none(made):
     """Of an activation they are shown; codes of a weight cannot be read with them."""
-    from qjax.interop._pt2e import read_models
+    from qjax.interop._read.pt2e import read_models
 
     program, tree = program_of(made)
     change("dequantize_per_tensor", "scale", {"as_float": float("nan")})(program)
@@ -343,7 +343,7 @@ def test_scales_that_are_none(made):
 
 
 def test_two_models_and_ops_that_are_not_known(made):
-    from qjax.interop._pt2e import read_models
+    from qjax.interop._read.pt2e import read_models
 
     program, tree = program_of(made)
     node_of(program, "quantize_per_tensor")["target"] = "torch.ops.mine.quantize_oddly.default"

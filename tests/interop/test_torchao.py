@@ -116,7 +116,7 @@ def test_the_formula_of_a_dynamic_input_is_torchaos(tmp_path, ao):
     ],
 )
 def test_subclasses_that_contradict_themselves_are_refused(changes, message):
-    from qjax.interop._torchao import from_object
+    from qjax.interop._read.torchao import from_object
 
     state = {"qdata": np.ones((4, 2), np.int8), "scale": np.ones((4, 1), np.float32), "block_size": [1, 2], **changes}
     node = containers.Object("torchao.quantization.Int8Tensor", args=(None, (4, 2)), state=state)

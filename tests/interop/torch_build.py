@@ -3,7 +3,7 @@
 import numpy as np
 
 from qjax.interop import ConvTranspose1d, Linear
-from qjax.interop._layout import transposed_padding
+from qjax.interop._write.layout import transposed_padding
 from qjax.transform._contraction import Conv
 
 

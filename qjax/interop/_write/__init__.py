@@ -1,0 +1,1 @@
+"""From prepared and converted functions to the files of PyTorch, and back into training."""
