@@ -11,6 +11,7 @@ import pytest
 import qjax
 from docs import generate_conventions
 from qjax import _cli
+from qjax.interop._dialects.all import DIALECTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,7 +29,8 @@ def test_the_page_tells_conventions_apart():
 
 
 @pytest.mark.parametrize(
-    "name", ["learned_quantizers.md", "integer_programs.md", "pytorch_outputs.md", "qat_round_trip.md"]
+    "name",
+    ["learned_quantizers.md", "integer_programs.md", "pytorch_outputs.md", "qat_round_trip.md", "checkpoints.md"],
 )
 def test_the_code_on_a_page_runs_and_prints_what_it_says(name, monkeypatch):
     monkeypatch.chdir(DOCS.parent)  # pages name files as a reader in the repository does
@@ -43,6 +45,17 @@ def test_the_code_on_a_page_runs_and_prints_what_it_says(name, monkeypatch):
         for block in blocks:
             exec(compile(block, name, "exec"), names)
     assert printed.getvalue().splitlines() == re.findall(r"# → (.*)", page)
+
+
+def test_the_page_of_checkpoints_has_every_dialect_and_writer():
+    page = (DOCS / "checkpoints.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)", page, flags=re.MULTILINE)
+    dialects = [dialect.name for dialect in DIALECTS] + ["plain"]
+    writers = [name for name in qjax.interop.__all__ if name.startswith("save_") or name in STATE_DICTS]
+    assert sorted(rows) == sorted(["dialect", *dialects, *writers])
+
+
+STATE_DICTS = ("eager_dynamic", "eager_static", "fx_reference", "ptq_prepared", "qat_prepared")
 
 
 @pytest.mark.parametrize("name", ["pytorch_outputs.md"])
