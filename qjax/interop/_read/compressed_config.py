@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from qjax.containers import FormatError
 from qjax.containers._errors import quoted
-from qjax.interop._read.match import Budget, Pattern
+from qjax.interop._read.match import Budget, Name, Pattern
 
 METHOD = "compressed-tensors"
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-_MOST_STEPS = 10**7  # of matching patterns with names: some seconds
+_MOST_STEPS = 10**7  # of matching patterns with names, and schemes with tensors: some seconds
+_STEPS_TO_FIT = 20  # what finding out whether a scheme fits takes, in these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,35 +201,52 @@ class Targets:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._schemes = {target: scheme for scheme in config.schemes for target in scheme.targets}
-        self._patterns = {
-            text: Pattern(text.removeprefix("re:"))
-            for text in (*self._schemes, *config.ignore)
-            if text.startswith("re:")
-        }
         self._budget = Budget(_MOST_STEPS)
+        self._ignored = {text for text in config.ignore if not _is_pattern(text)}
+        self._ignoring = [_pattern(text) for text in dict.fromkeys(config.ignore) if _is_pattern(text)]
+        schemes = {target: scheme for scheme in config.schemes for target in scheme.targets}
+        self._named = {target: scheme for target, scheme in schemes.items() if not _is_pattern(target)}
+        self._matching = [(_pattern(text), schemes[text]) for text in sorted(schemes) if _is_pattern(text)]
+        # Names of classes begin with a capital letter, those of modules do not. Of classes with one scheme one will do.
+        classes: dict[tuple[bool, int], Scheme] = {}
+        for target in sorted(self._named):
+            if target[:1].isupper() and target.isidentifier():
+                scheme = schemes[target]
+                classes.setdefault(("embedding" in target.lower(), id(scheme)), scheme)
+        tables, others = (
+            [scheme for (is_table, _), scheme in classes.items() if is_table == wanted] for wanted in (True, False)
+        )
+        self._classes = {True: tables + others, False: others + tables}  # for a module that is a table, and for another
 
     def scheme(self, module: str, fits: Callable[[Scheme], bool]) -> Scheme | str:
         """The scheme of a module, or why it has none."""
         try:
-            if any(self._is_named(module, target) for target in self._config.ignore):
-                return f"{self._config.place} ignores it, and it has a scale all the same"
-            targets = sorted(self._schemes, key=lambda target: (target.startswith("re:"), target))
-            for target in targets:
-                if self._is_named(module, target):
-                    return self._schemes[target]
+            return self._scheme(module, fits)
         except FormatError as error:
             error.locate(place=self._config.place)
             raise
-        # Names of classes begin with a capital letter, those of modules do not.
-        classes = [target for target in targets if target[:1].isupper() and target.isidentifier()]
-        found = [target for target in classes if fits(self._schemes[target])] or classes
-        if not found:
-            return f"no target of {self._config.place} says its name"
-        is_table = any(word in module.rpartition(".")[2].lower() for word in ("emb", "wte", "wpe"))
-        found.sort(key=lambda target: ("embedding" in target.lower()) != is_table)
-        return self._schemes[found[0]]
 
-    def _is_named(self, module: str, target: str) -> bool:
-        pattern = self._patterns.get(target)
-        return target == module if pattern is None else pattern.matches(module, self._budget)
+    def _scheme(self, module: str, fits: Callable[[Scheme], bool]) -> Scheme | str:
+        name = Name(module, self._budget)
+        if module in self._ignored or any(pattern.matches(name, self._budget) for pattern in self._ignoring):
+            return f"{self._config.place} ignores it, and it has a scale all the same"
+        if module in self._named:
+            return self._named[module]
+        for pattern, scheme in self._matching:
+            if pattern.matches(name, self._budget):
+                return scheme
+        is_table = any(word in module.rpartition(".")[2].lower() for word in ("emb", "wte", "wpe"))
+        classes = self._classes[is_table]
+        for scheme in classes:
+            self._budget.spend(_STEPS_TO_FIT)
+            if fits(scheme):
+                return scheme
+        return classes[0] if classes else f"no target of {self._config.place} says its name"
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _pattern(text: str) -> Pattern:
+    return Pattern(text.removeprefix("re:"))
