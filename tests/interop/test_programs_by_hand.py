@@ -5,6 +5,7 @@ import pytest
 
 import qjax
 from qjax import containers
+from qjax.interop._read.graph import Graph
 from qjax.interop._read.script_code import literals
 from qjax.interop._read.torchao import from_object
 from tests.containers import samples
@@ -25,6 +26,16 @@ def test_a_program():
         ("fc", "output", "y"),
     ]
     assert {(float(point.scale), int(point.zero_point)) for point in table if point.role != "weight"} == {(0.25, 3)}
+
+
+@pytest.mark.parametrize("results", [["dx"], ["a", "b", "a"]])
+def test_results_that_share_a_name_are_refused(results):
+    """Else each of many dequantizations would be a point of each of many users."""
+    tensors = [{"as_tensor": {"name": name}} for name in results]
+    node = {"name": "n", "target": "torch.ops.aten.relu.default", "inputs": [], "outputs": tensors}
+    program = {"graph_module": {"graph": {"nodes": [node] * 2}, "signature": {"input_specs": []}}}
+    with pytest.raises(containers.FormatError, match=r"node 'n': found a second result called '(dx|a)'"):
+        Graph(program)
 
 
 def test_a_converted_state_dict():

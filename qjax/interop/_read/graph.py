@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qjax.containers import FormatError
@@ -62,7 +62,7 @@ class Graph:
         module = _part(program, "graph_module")
         graph = _part(module, "graph")
         self.nodes = tuple(_node(entry, index) for index, entry in enumerate(_list(graph, "nodes")))
-        self.producer = {name: node for node in self.nodes for name in node.outputs}
+        self.producer = _producers(self.nodes)
         self.users: dict[str, list[tuple[Node, str]]] = {}
         for node in self.nodes:
             for argument, value in node.inputs.items():
@@ -113,6 +113,21 @@ def _node(entry: Any, index: int) -> Node:
     last = stack.rpartition(";")[2].split(",") if isinstance(stack, str) else []
     path, kind = (last[1], last[2]) if len(last) == 3 else ("", "")
     return Node(name, target, arguments, results, path, _LEAF.match(kind) is not None)
+
+
+def _producers(nodes: Iterable[Node]) -> dict[str, Node]:
+    found: dict[str, Node] = {}
+    for node in nodes:
+        for name in node.outputs:
+            if name in found:
+                raise FormatError(
+                    f"a second result called {quoted(name)}",
+                    expected="a name of its own for each result",
+                    mend=_MEND,
+                    place=at_node(node.name),
+                )
+            found[name] = node
+    return found
 
 
 def _names(value: Mapping[str, Any]) -> list[str]:
