@@ -74,6 +74,22 @@ class FxReference:
         return [point for point in found if point is not None]
 
 
+def is_graph_buffer(key: str) -> bool:
+    """Whether a key is that of the scale of one of the graph's own quantizations."""
+    return _SCALE.fullmatch(split(key)[1]) is not None
+
+
+def _nodes(contents: Contents) -> dict[str, str]:
+    """The modules of a file, also those that hold nothing but modules, by what a graph calls their nodes."""
+    found: dict[str, str] = {}
+    parents = dict.fromkeys(split(name)[0] for name in contents.tensors)
+    # What is fused lies one module deeper than its node: a LinearReLU's weight is `0.weight`.
+    for module in (*(split(name)[0] for name in parents), *parents):
+        if module:
+            found[module.replace(".", "_")] = module
+    return found
+
+
 def _buffers(contents: Contents) -> Iterator[_Buffer]:
     modules: dict[str, str] | None = None
     for key, scale in contents.tensors.items():
@@ -88,7 +104,7 @@ def _buffers(contents: Contents) -> Iterator[_Buffer]:
         if scale.dtype.kind != "f" or zero_point.dtype.kind not in "iu":
             continue
         if modules is None:  # a node is called by its module's path, with underscores for dots
-            modules = {split(name)[0].replace(".", "_"): split(name)[0] for name in contents.tensors}
+            modules = _nodes(contents)
         role: Role = "input" if node.endswith("_input") else "output"
         node = node.removesuffix("_input")
         op = modules.get(node, node) if node else last
