@@ -27,6 +27,10 @@ from qjax.interop._torch_tensors import from_node, to_node
 _PACKED = "_packed_params._packed_params"
 _PACKED_WEIGHT = "_packed_params._packed_weight"  # of an Embedding or an EmbeddingBag
 _OLD_PACKED = ("_packed_params.weight", "_packed_params.bias")  # of a Linear, up to `_metadata` version 2
+# Modules are found by the starts of names, of which a long name of many parts has many.
+_LONGEST, _DEEPEST = 2**12, 2**8  # characters, dots
+_NAMES = 2**27  # characters of all names: a short key of one dict stands before each of another
+_TOO_LONG = "The file is damaged or forged."
 
 
 class Checkpoint(Mapping[str, Any]):
@@ -157,7 +161,7 @@ def load(path: str | os.PathLike[str] | bytes, *, limits: containers.Limits | No
             tree = modules.tensors
         if modules is not None:
             metadata = modules.versions
-        _flatten(tree, "", tensors, packed)
+        _flatten(tree, "", _Flat(tensors, packed))
         if container.kind == "torchscript" and modules is not None:
             program = script_program(modules, container.metadata, tensors)
         program = program or join_frozen(tensors)
@@ -192,38 +196,77 @@ def _subclasses(tensors: dict[str, Any], metadata: Mapping[str, Any]) -> dict[st
         for made in joined.values():
             for part in made.parts:
                 tensors.pop(part, None)
+        for name in joined.keys() & tensors.keys():
+            raise containers.FormatError(
+                "a tensor beside the parts of one of the same name",
+                expected="one of the two",
+                mend="The file is damaged or forged.",
+                place=f"tensor {quoted(name)}",
+            )
         found |= joined
     tensors |= {name: made.weight for name, made in found.items()}
     return found
 
 
-def _flatten(node: Any, name: str, into: dict[str, Any], packed: set[str]) -> None:
+class _Flat:
+    """A flat state dict in the making: each name once, and none that costs more than its tensor to look up."""
+
+    def __init__(self, tensors: dict[str, Any], packed: set[str]) -> None:
+        self._tensors = tensors
+        self.packed = packed
+        self._characters = 0
+
+    def put(self, name: str, node: Any, place: str = "") -> None:
+        """Add what is read of a node."""
+        self._characters += len(name)
+        if self._characters > _NAMES:
+            raise containers.FormatError(
+                f"names of more than {_NAMES} characters", expected="fewer, all names together", mend=_TOO_LONG
+            )
+        if name in self._tensors:
+            raise containers.FormatError(
+                "two entries of this name, once keys are joined by dots and packed weights are unpacked",
+                expected="one",
+                mend="Give one of them another key: which is meant cannot be known.",
+                place=f"tensor {quoted(name)}",
+            )
+        self._tensors[name] = from_node(node, place or name)
+
+
+def _flatten(node: Any, name: str, into: _Flat) -> None:
+    if len(name) > _LONGEST or name.count(".") > _DEEPEST:
+        raise containers.FormatError(
+            f"a name of {len(name)} characters, {name.count('.') + 1} parts",
+            expected=f"at most {_LONGEST} characters, {_DEEPEST + 1} parts",
+            mend=_TOO_LONG,
+            place=f"tensor {quoted(name)}",
+        )
     if isinstance(node, containers.Object) and is_module(node):
         node = state_dict_of(node).tensors
     if isinstance(node, Mapping):
         for key, value in node.items():
-            _flatten(value, f"{name}.{key}" if name else str(key), into, packed)
+            _flatten(value, f"{name}.{key}" if name else str(key), into)
     elif name.endswith(_PACKED) and isinstance(node, tuple) and len(node) == 2:
         module = name[: -len(_PACKED)]
-        packed.add(module.removesuffix("."))
+        into.packed.add(module.removesuffix("."))
         for part, value in zip(("weight", "bias"), node, strict=True):
             if value is not None:
-                into[module + part] = from_node(value, module + part)
+                into.put(module + part, value)
     elif isinstance(node, containers.Object) and (unpacked := unpack_script(name, node)) is not None:
         for part, value in unpacked.values.items():
-            into[part] = from_node(value, part)
-        packed.add(unpacked.module)
+            into.put(part, value)
+        into.packed.add(unpacked.module)
     elif isinstance(node, tuple | list):
         for index, value in enumerate(node):
-            _flatten(value, f"{name}.{index}", into, packed)
+            _flatten(value, f"{name}.{index}", into)
     elif name.endswith((_PACKED_WEIGHT, *_OLD_PACKED)):
         start, _, last = name.rpartition("_packed_params.")
-        packed.add(start.removesuffix("."))
+        into.packed.add(start.removesuffix("."))
         # An old Linear without a bias says so by a None.
         if node is not None:
-            into[start + last.removeprefix("_packed_")] = from_node(node, name)
+            into.put(start + last.removeprefix("_packed_"), node, name)
     else:
-        into[name] = from_node(node, name)
+        into.put(name, node)
 
 
 def save(

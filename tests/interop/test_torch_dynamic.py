@@ -91,6 +91,17 @@ def test_weights_and_biases_are_torchs(tmp_path, per_channel):
     np.testing.assert_array_equal(checkpoint["gru_cell.bias_ih"], float_net.gru_cell.bias_ih.detach().numpy())
 
 
+def test_a_cell_saved_whole_has_the_biases_that_it_computes_with(tmp_path):
+    cell = torch.nn.LSTMCell(3, 4)
+    model = DYNAMIC(torch.nn.Sequential(cell), MODULES)
+    torch.save(model, tmp_path / "whole.pt")
+    checkpoint = qjax.interop.load(tmp_path / "whole.pt")
+    for name in ("bias_ih", "bias_hh"):
+        wanted = getattr(cell, name).detach().numpy()
+        assert not np.array_equal(getattr(model[0], name).detach().numpy(), wanted)  # an attribute without a meaning
+        np.testing.assert_array_equal(checkpoint[f"0.{name}"], wanted)
+
+
 def qparams(x, point):
     x = x.numpy()
     return qjax.choose_qparams(np.float32(min(x.min(), 0)), np.float32(max(x.max(), 0)), point.spec)

@@ -107,12 +107,13 @@ _ROLES = {"weight": 0, "input": 1, "output": 2}
 
 def _in_file_order(found: list[QuantPoint], contents: Contents) -> list[QuantPoint]:
     """By the first key of each module, then those of no module as they come; weight, input, output."""
+    come = {op: index for index, op in enumerate(dict.fromkeys(point.op for point in found))}
     first: dict[str, int] = {}
     for index, key in enumerate(contents.tensors):
         module = key
         while module:
             module = module.rpartition(".")[0]
-            first.setdefault(module, index)
-    come = {op: index for index, op in enumerate(dict.fromkeys(point.op for point in found))}
+            if module in come:
+                first.setdefault(module, index)
     last = len(contents.tensors)
     return sorted(found, key=lambda point: (first.get(point.op, last), come[point.op], _ROLES[point.role]))

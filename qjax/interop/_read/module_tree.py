@@ -101,6 +101,12 @@ def _read(node: Object, path: str, into: dict[str, Any], found: Modules) -> None
             qparam = _qparam(name, value)
             if qparam is not None:
                 into[name.removeprefix("output_")] = qparam
+    for part in (
+        "ih",
+        "hh",
+    ):  # a dynamic cell computes with the bias that is packed with its weight; the other is a draft
+        if f"_packed_weight_{part}" in into:
+            into.pop(f"bias_{part}", None)
     for name, value in registered.items():
         if isinstance(value, Object) and is_module(value):
             _read(value, f"{path}.{name}" if path else name, into.setdefault(name, {}), found)

@@ -11,6 +11,7 @@ import numpy as np
 from qjax._granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from qjax._quantize import QTensor
 from qjax.containers import FormatError, Object, Parameter, RawTensor
+from qjax.containers._errors import quoted
 from qjax.interop._points import Origin, QuantPoint, Role
 from qjax.interop._read.graph import Graph, Node, at_node
 from qjax.interop._read.program import Program, program_point, qtensor
@@ -69,7 +70,10 @@ def read_models(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Program]:
         reader = _Reader(Graph(parts["program"]), values, prefix)
         points += reader.points()
         claimed |= {prefix + key for key in reader.claimed}
-        tensors |= {prefix + key: reader.qtensors.get(key, parts_of(parts, key)) for key in values}
+        found = {prefix + key: reader.qtensors.get(key, parts_of(parts, key)) for key in values}
+        for name in found.keys() & tensors.keys():
+            raise FormatError("two tensors of this name", expected="one", mend=_MEND, place=f"tensor {quoted(name)}")
+        tensors |= found
     return tensors, Program("pt2e" if points else "plain", tuple(points), frozenset(claimed))
 
 
