@@ -140,7 +140,8 @@ def test_observers_of_functions(tmp_path):
     model(torch.randn(5, 8))
     checkpoint, table = loaded(model, tmp_path)
     assert checkpoint.dialect == "prepared"
-    (weight,) = [point for point in table if point.role == "weight"]
+    weight, other = [point for point in table if point.role == "weight"]
+    assert (other.tensor, other.qparams_from.kind) == ("fc.weight", "assumed")
     assert (weight.tensor, weight.dtype) == ("w", "qint8")
     assert scales(weight) == tuple(model.activation_post_process_1.calculate_qparams()[0].tolist())
     for name in ("activation_post_process_0", "activation_post_process_2", "activation_post_process_3"):
@@ -148,3 +149,23 @@ def test_observers_of_functions(tmp_path):
         scale, zero_point = getattr(model, name).calculate_qparams()
         assert (scales(point), zeros(point)) == (tuple(scale.tolist()), tuple(zero_point.tolist()))
         assert (point.dtype, point.quant_max) == ("quint8", 127)
+
+
+@pytest.mark.parametrize("engine", ["fbgemm", "qnnpack"])
+def test_the_weights_of_modules_that_convert_will_quantize(tmp_path, engine):
+    net = prepared(ao.get_default_qconfig_mapping(engine))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    model = fx.convert_to_reference_fx(net)
+    table = qjax.interop.points(checkpoint, engine=engine)
+    weights = {point.op: point for point in table if point.role == "weight"}
+    assert len(weights) == 3
+    for op, point in weights.items():
+        module = model.get_submodule(op)
+        assert (point.qparams_from.kind, point.tensor) == ("assumed", f"{op}.weight")
+        np.testing.assert_array_equal(point.scale.reshape(-1), module.weight_scale.detach().numpy().reshape(-1))
+        np.testing.assert_array_equal(point.zero_point.reshape(-1), module.weight_zero_point.numpy().reshape(-1))
+    explanation = qjax.interop.explain(checkpoint, engine=engine)
+    assert not any(name.endswith("weight") for name, _, _ in explanation.floats)
+    # The functions' observers come last in the order of the graph, weights or not.
+    assert explanation.answer.point.op.startswith("activation_post_process_")

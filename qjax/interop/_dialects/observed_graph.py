@@ -38,7 +38,13 @@ class ObservedGraph:
                     self._weights.setdefault(_key(np.min(value), np.max(value)), key)
         self._observes_weights = any(low.ndim == 1 or _key(low, high) in self._weights for low, high in ranges)
         # FX graph mode observes weights so, too, where they are those of functions. It has no guards, and another eps.
+        self._beside_nodes = any(_OBSERVER.fullmatch(split(key)[0]) for key in contents.tensors)
         self._exported = "_guards_fn" in contents.metadata or _EPS in _smallest_scales(contents)
+
+    @property
+    def functional(self) -> bool:
+        """Whether the observers are those of FX graph mode, which observes the weights of modules in `convert` alone."""
+        return self._beside_nodes and not self._exported
 
     def weight(self, observer: str, stats: Statistics | None) -> str | None:
         """The key of the weight that an observer of the graph watches; None where it watches something else."""

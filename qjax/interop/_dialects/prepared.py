@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,11 @@ OBSERVER = "activation_post_process"
 _RANGE = "convert() computes it from min_val and max_val of the observer"
 _SEARCH = "convert() searches it in the observer's histogram, for the least squared error"
 _WEIGHT = "convert() computes it from the float weight in the file"
+_GRAPH_WEIGHT = (
+    "convert() computes it from the float weight in the file, if the graph quantizes that module's input; "
+    "the file does not say"
+)
+_NO_BIAS = "a weight without a bias may be an Embedding's, which torch quantizes by other rules; the file does not say"
 _FIXED = "a file of observers holds no dtype; this one's scale is fixed by its op"
 _BROKEN = "min_val exceeds max_val, or the histogram has counts that are negative or not finite: the file is damaged"
 
@@ -49,7 +55,26 @@ class Prepared:
                 weight = contents.tensors.get(key)
                 if isinstance(weight, np.ndarray) and weight.dtype == np.float32 and weight.ndim >= 2 and weight.size:
                     found.append(_weight(op, key, weight, stats, assume))
+        if graph.functional:
+            found += _of_modules(contents, {point.tensor for point in found}, assume)
         return found
+
+
+def _of_modules(contents: Contents, seen: set[str | None], assume: Assumptions) -> Iterator[QuantPoint]:
+    """The weights of modules in a graph whose observers stand beside them."""
+    first = next(filter(None, (statistics(observer, contents) for observer in _observers(contents))), None)
+    for key, weight in contents.tensors.items():
+        op, last = split(key)
+        if last != "weight" or key in seen or not isinstance(weight, np.ndarray):
+            continue
+        if weight.dtype == np.float32 and weight.ndim >= 2 and weight.size:
+            point = _weight(op, key, weight, first, assume)
+            if member(op, "bias") in contents.tensors:
+                yield dataclasses.replace(point, qparams_from=Origin("assumed", _GRAPH_WEIGHT))
+            else:
+                yield dataclasses.replace(
+                    point, scale=None, zero_point=None, qparams_from=Origin("unknown", _NO_BIAS), tensor=key
+                )
 
 
 def op_of(observer: str) -> str:
@@ -149,7 +174,7 @@ def assumed_weight(stats: Statistics | None, assume: Assumptions) -> tuple[Quant
     return spec.replace(granularity=PerChannel(0) if per_channel else PerTensor()), Origin("assumed", why)
 
 
-def _weight(op: str, key: str, weight: np.ndarray, stats: Statistics, assume: Assumptions) -> QuantPoint:
+def _weight(op: str, key: str, weight: np.ndarray, stats: Statistics | None, assume: Assumptions) -> QuantPoint:
     spec, origin = assumed_weight(stats, assume)
     axes = tuple(range(1, weight.ndim)) if isinstance(spec.granularity, PerChannel) else None
     low, high = np.min(weight, axis=axes), np.max(weight, axis=axes)
