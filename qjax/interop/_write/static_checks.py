@@ -217,7 +217,7 @@ def operand_quantizers(graph: Graph, outputs: Mapping[str, str]) -> dict[str, li
             operands = [made.get(value) for value in node.inputs if isinstance(value, int)]
             if node.op is not None and node.op.is_elementwise:
                 found[node.op.name] = operands
-            elif node.op is None and keeps_codes(node):
+            elif node.op is None and keeps_codes(node) and operands:  # none where it moves a literal, as zeros do
                 made[node.outputs[0]] = operands[0]
             made.update({value: ends[value] for value in node.outputs if value in ends})
     return found
