@@ -22,7 +22,7 @@ class Limits:
             graph whose walk never ends).
         max_elements: elements of one tensor.
         max_expanded_elements: elements of a tensor that has more elements than its storage (stride 0 or overlapping);
-            such a view costs nothing until someone copies it.
+            such a view costs nothing until someone copies it. Of an empty tensor, the product of its sizes but for 0.
         max_json_bytes: size of the JSON texts of a checkpoint, all together: safetensors headers, an index, a config, graphs.
         max_inflated_bytes: what the compressed records of one archive inflate to, all together (TorchScript compresses
             its code, and nothing else is read compressed).

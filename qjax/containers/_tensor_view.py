@@ -1,5 +1,6 @@
 """Strided views of a storage, within its bounds."""
 
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -50,6 +51,13 @@ def checked_geometry(
         if max(shape) > limits.max_elements:
             raise FormatError(f"size {max(shape)}", expected=f"at most Limits.max_elements = {limits.max_elements}")
         _empty(shape, np.dtype(np.complex128))
+        # Whoever has a number for each row pays for the rows of nothing as for those of an expanded tensor.
+        rows = math.prod(length for length in shape if length)
+        if rows > limits.max_expanded_elements:
+            raise FormatError(
+                f"an empty tensor of sizes whose product without the 0 is {rows}",
+                expected=f"at most Limits.max_expanded_elements = {limits.max_expanded_elements}",
+            )
         return 0, shape, steps
     numel = 1
     for length in shape:

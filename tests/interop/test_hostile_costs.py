@@ -1,5 +1,6 @@
 """Small files that would cost much, or lose an entry without a word: bounded by processor time and memory."""
 
+import json
 import time
 import tracemalloc
 from contextlib import contextmanager
@@ -73,3 +74,21 @@ def test_keys_of_one_text(tmp_path):
     containers.write_torch_zip(tmp_path / "a.pt", {"m": {0: 1, "0": 2}})
     with pytest.raises(containers.FormatError, match=r"tensor 'm\.0': found two entries of this name"):
         qjax.interop.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("shape", [(2**33, 0), (2**20, 0, 2**20)])
+def test_an_empty_tensor_of_more_rows_than_any(tmp_path, shape):
+    entry = {"w": {"dtype": "I8", "shape": shape, "data_offsets": [0, 0]}}
+    header = json.dumps(entry).encode()
+    with pytest.raises(containers.FormatError, match="an empty tensor of sizes whose product without the 0 is"):
+        qjax.interop.load(len(header).to_bytes(8, "little") + header)
+
+
+def test_an_empty_weight_of_many_rows_costs_nothing(tmp_path):
+    spec = qjax.QuantSpec(qjax.int8, symmetric=True)
+    q = qjax.QTensor(np.zeros((2**24, 0), np.int8), np.float32(0.1), np.int32(0), spec)
+    checkpoint = loaded(tmp_path, {"m.weight": q})
+    with cheap():
+        explanation = qjax.interop.explain(checkpoint)
+    assert (explanation.points[0].shape, explanation.points[0].dead_channels) == ((2**24, 0), ())
+    assert "16777216x0" in str(explanation).replace("\n", "")

@@ -74,6 +74,8 @@ def code_statistics(codes: np.ndarray, number_format: Format, axis: int | None) 
     """
     if isinstance(number_format, Codebook):
         return None
+    if not codes.size:  # however many channels there are
+        return CodeStatistics(0, 0, np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
     if isinstance(number_format, Float):
         return _of_floats(codes, number_format, axis)
     low, high = channel_range(codes, axis)

@@ -210,7 +210,7 @@ def _channel_ranges(points: Sequence[Point], unknown: Sequence[QuantPoint], cont
 def _largest_of_channels(point: Point, contents: Contents) -> np.ndarray | None:
     """The largest magnitude in each channel of axis 0, in codes or in floats; None where there are no channels."""
     shape = point.shape
-    if shape is None or len(shape) < 2 or shape[0] < 2:
+    if shape is None or len(shape) < 2 or shape[0] < 2 or 0 in shape:
         return None
     if point.statistics is not None and isinstance(point.quant.spec and point.quant.spec.format, Int):
         assert point.quant.zero_point is not None
