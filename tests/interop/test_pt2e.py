@@ -139,7 +139,13 @@ def test_what_its_outputs_mean_is_said(made):
     assert explanation.answer.text.startswith("A graph of PT2E turns codes into floats before it returns them.")
     assert max(map(len, str(explanation).splitlines()[1:])) <= 80
     assert not any(name.startswith(("_scale_", "_zero_point_")) for name, _, _ in explanation.floats)
-    without = qjax.interop.explain(model.load("converted.pt")).answer
+    other = qjax.interop.explain(model.load("converted.pt"))
+    for each in (explanation, other):  # rows say whose weight it is; what was frozen is no float
+        ops = {point.op for point in each.points if point.role == "weight"}
+        assert len(ops) == 3
+        assert not {f"{op}.weight" for op in ops} & {name for name, _, _ in each.floats}
+        assert all(f"{op}: _frozen_param" in each.render(wide=True) for op in ops)
+    without = other.answer
     assert without.text.startswith("What integer outputs mean cannot be known from this file: PT2E holds the qparams")
     assert without.point is None
 

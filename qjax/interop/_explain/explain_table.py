@@ -80,10 +80,17 @@ def _remarks(explanation: Explanation) -> Iterable[str]:
     if explanation.floats:
         listed = [f"{name} {dtype}{list(shape)}" for name, shape, dtype in explanation.floats]
         yield f"Not quantized: {some(listed, 8)}"
-    for name, what in explanation.unread[:_PLACES]:
-        yield f"Not interpreted: {name}: {what}"
-    if len(explanation.unread) > _PLACES:
-        yield f"Not interpreted: {len(explanation.unread) - _PLACES} more"
+    unread: dict[str, list[tuple[str, str]]] = {}
+    for name, what in explanation.unread:
+        unread.setdefault(name.partition(".")[0], []).append((name, what))
+    for start, entries in list(unread.items())[:_PLACES]:
+        name, what = entries[0]
+        if len(entries) == 1:
+            yield f"Not interpreted: {name}: {what}"
+        else:
+            yield f"Not interpreted: {len(entries)} entries of {start}, such as {name}: {what}"
+    if len(unread) > _PLACES:
+        yield f"Not interpreted: {sum(map(len, list(unread.values())[_PLACES:]))} more"
 
 
 def _of_training(explanation: Explanation) -> Iterable[str]:
@@ -141,7 +148,14 @@ def _table(points: Sequence[Point], notes: dict[str, int], common: Collection[st
 def _name(point: Point) -> str:
     shape = "" if point.shape is None else " " + "x".join(map(str, point.shape))
     stage = f" {point.stage}" if point.stage else ""
-    return f"{printable(point.name or 'the model')}\n{point.role}{shape}{stage}"
+    return f"{printable(_label(point))}\n{point.role}{shape}{stage}"
+
+
+def _label(point: Point) -> str:
+    """The name of a tensor; after its op where it does not begin with it, such as a weight that a graph froze."""
+    if not point.op or point.name == point.op or point.name.startswith(f"{point.op}."):
+        return point.name or "the model"
+    return f"{point.op}: {point.name}"
 
 
 def _numbers(point: Point) -> str:
@@ -178,7 +192,7 @@ def _wide_table(points: Iterable[Point]) -> Table:
     for point in points:
         quant = point.quant
         table.add_row(
-            Text(printable(point.name or "the model")),
+            Text(printable(_label(point))),
             f"{point.role} {point.stage}".rstrip(),
             "" if point.shape is None else "x".join(map(str, point.shape)),
             point.dtype,

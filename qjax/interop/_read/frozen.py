@@ -105,6 +105,9 @@ def join_frozen(tensors: dict[str, Any]) -> Program | None:
         if made is not None:
             tensors[key] = made
         claimed |= {key, scale.key, scale.point_key}
+        if weight is not None:  # the float weight is left over, under each of its names
+            start = tensors[weight].ctypes.data
+            claimed |= {name for name in weights[codes.shape] if tensors[name].ctypes.data == start}
     return Program("pt2e", tuple(points), frozenset(claimed))
 
 

@@ -69,6 +69,7 @@ def read_models(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Program]:
         }
         reader = _Reader(Graph(parts["program"]), values, prefix)
         points += reader.points()
+        reader.leave_out_originals()
         claimed |= {prefix + key for key in reader.claimed}
         found = {prefix + key: reader.qtensors.get(key, parts_of(parts, key)) for key in values}
         for name in found.keys() & tensors.keys():
@@ -90,6 +91,7 @@ class _Reader:
         self._has_subclasses = any(isinstance(v, Object) and v.name.startswith("torchao.") for v in values.values())
         self.qtensors: dict[str, QTensor] = {}
         self.claimed: set[str] = set()
+        self._frozen: list[tuple[str, str]] = []  # ops and the keys of their codes
 
     def points(self) -> Iterator[QuantPoint]:
         """In the order of the graph: of each quantization what it quantizes, of each dequantization what it is for."""
@@ -104,6 +106,15 @@ class _Reader:
                 yield from self._dequantized(node, said)
             else:
                 yield from self._quantized(node, said)
+
+    def leave_out_originals(self) -> None:
+        """Claim the float weights that frozen codes replaced: they are in the file, and the graph has no use for them."""
+        unused = {key for name, key in self._graph.keys.items() if not self._graph.users.get(name)}
+        unused |= self._values.keys() - set(self._graph.keys.values())
+        for op, key in self._frozen:
+            original = f"{op}.weight"
+            if original in unused and np.shape(self._values[original]) == self._values[key].shape:
+                self.claimed.add(original)
 
     def _quantized(self, node: Node, said: _QParams) -> Iterator[QuantPoint]:
         source = node.tensor("input")
@@ -133,6 +144,8 @@ class _Reader:
         if not ops and role == "weight":
             ops = {node.name: None}
         held = key is not None and isinstance(self._values.get(key), np.ndarray | RawTensor)
+        if key in self.qtensors:
+            self._frozen += [(op, key) for op in ops]
         for op in ops:
             yield self._point(op, role, node, said, f"{self._prefix}{key}" if held else None)
 
