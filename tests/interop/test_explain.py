@@ -349,3 +349,15 @@ def test_json_of_many_scales_says_their_range(tmp_path, monkeypatch):
         min(explanation.points[0].scale),
         max(explanation.points[0].scale),
     )
+
+
+def test_what_is_not_interpreted_takes_a_line_for_each_part_of_a_checkpoint(tmp_path):
+    groups = [{"lr": 0.1, "betas": [0.9, 0.99], "name": "a"}, {"lr": 0.1, "betas": [0.9, 0.99], "name": "b"}]
+    state = {"model": packed("fc1", 0.5, 7), "optimizer": {"param_groups": groups}, "epoch": 3}
+    qjax.interop.save(tmp_path / "a.pt", state)
+    explanation = qjax.interop.explain(qjax.interop.load(tmp_path / "a.pt"))
+    assert len([name for name, _ in explanation.unread if name.startswith("optimizer.")]) == 8
+    lines = [line for line in str(explanation).splitlines() if line.startswith("Not interpreted")]
+    assert len(lines) == 2
+    assert lines[0].startswith("Not interpreted: 8 entries of optimizer, such as optimizer.param_groups.0.lr")
+    assert lines[1] == "Not interpreted: epoch: 3"
