@@ -14,7 +14,7 @@ from qjax.containers._errors import quoted
 from qjax.interop._checkpoint import Checkpoint
 from qjax.interop._write.modules import TorchModule
 from qjax.interop._write.observed import MODES, Buffers, Flags, Stage, place, read_site
-from qjax.interop._write.prepared_layout import Fixed, ModelPlan, Tensor, plan_of
+from qjax.interop._write.prepared_layout import AnyTensor, Fixed, ModelPlan, plan_of
 from qjax.transform import Prepared, QuantVars
 
 _STAGES: dict[str, Stage] = {"prepared": "prepared", "qat_prepared": "qat_prepared"}
@@ -115,7 +115,7 @@ def _read(checkpoint: Checkpoint, prepared: Prepared, args: Any, plan: ModelPlan
     shared: dict[int, np.ndarray] = {}
     for tensor in plan.tensors():
         value = _value(tensor, plan, buffers)
-        if isinstance(tensor, Tensor):
+        if not isinstance(tensor, Fixed):
             leaf = tensor.from_torch(value)
             if not np.array_equal(shared.setdefault(tensor.leaf, leaf), leaf, equal_nan=True):
                 raise FormatError(
@@ -142,12 +142,11 @@ def _read(checkpoint: Checkpoint, prepared: Prepared, args: Any, plan: ModelPlan
     return PreparedState(jax.tree.unflatten(tree, leaves), prepared.init(*args).updated(states), mode)
 
 
-def _value(tensor: Tensor | Fixed, plan: ModelPlan, buffers: Buffers) -> np.ndarray:
-    shape = (tensor.size,) if isinstance(tensor, Fixed) else tensor.layout.shape
+def _value(tensor: AnyTensor, plan: ModelPlan, buffers: Buffers) -> np.ndarray:
     keys = [tensor.key, *_old_keys(tensor.key, plan)]
-    what = f"the parameter {tensor.path}" if isinstance(tensor, Tensor) else "its batch norm"
+    what = "its batch norm" if isinstance(tensor, Fixed) else f"the parameter {tensor.path}"
     mend = f"{what} of the function is to come from it. Say in modules what its op is in torch, or drop it from the function."
-    return buffers.floats(*keys, shape=shape, mend=mend[0].upper() + mend[1:])
+    return buffers.floats(*keys, shape=tensor.shape, mend=mend[0].upper() + mend[1:])
 
 
 def _old_keys(key: str, plan: ModelPlan) -> list[str]:

@@ -19,6 +19,7 @@ from qjax.interop._write.derive import torch_modules
 from qjax.interop._write.layout import Layout, layout_of
 from qjax.interop._write.modules import ConvModule, FloatFunctional, TorchModule
 from qjax.interop._write.observed import Site, Stage, check_site
+from qjax.interop._write.vectors import outputs_of, places_of
 from qjax.transform import Prepared
 from qjax.transform._batch_norm import BatchNorm, Finder
 from qjax.transform._calls import op_of
@@ -47,6 +48,34 @@ class Tensor(NamedTuple):
         """The tensor in the layout of the leaf."""
         return self.layout.inverse.array(tensor).transpose(np.argsort(self.order))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        return self.layout.shape
+
+
+class Vector(NamedTuple):
+    """A tensor of the file with one number for each output, and the leaf of the parameters that it is."""
+
+    key: str
+    leaf: int  # index among the leaves of the parameters
+    path: str  # of the leaf, for messages
+    given: tuple[int, ...]  # the shape of the leaf
+    places: np.ndarray  # which number of the leaf, counted through, each number is
+
+    def to_torch(self, leaf: np.ndarray) -> np.ndarray:
+        """The numbers in torch's order."""
+        return leaf.reshape(-1)[self.places]
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        """The numbers where the leaf has them."""
+        return tensor[np.argsort(self.places)].reshape(self.given)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        return self.places.shape
+
 
 class Fixed(NamedTuple):
     """A tensor of the file for which the function has no parameter, such as the scale of a batch norm without one."""
@@ -55,13 +84,21 @@ class Fixed(NamedTuple):
     value: float
     size: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        return (self.size,)
+
+
+AnyTensor = Tensor | Vector | Fixed
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
     """What one op becomes, its tensors in torch's order."""
 
     name: str
-    tensors: tuple[Tensor | Fixed, ...]
+    tensors: tuple[AnyTensor, ...]
     bn: str | None  # the path of its batch norm
     sites: tuple[Site, ...]
     version: int  # of its layout, in torch's `_metadata`
@@ -81,7 +118,7 @@ class ModelPlan:
         for module in self.modules:
             yield from module.sites
 
-    def tensors(self) -> Iterator[Tensor | Fixed]:
+    def tensors(self) -> Iterator[AnyTensor]:
         """All of them, in torch's order."""
         for module in self.modules:
             yield from module.tensors
@@ -202,7 +239,7 @@ class _Planner:
         return ModelPlan(entry, ordered)
 
     def _check_covered(self, modules: Any) -> None:
-        covered = {t.leaf for module in modules for t in module.tensors if isinstance(t, Tensor)}
+        covered = {t.leaf for module in modules for t in module.tensors if not isinstance(t, Fixed)}
         floats = [i for i, dtype in enumerate(self._dtypes) if jnp.issubdtype(dtype, jnp.floating)]
         left = ["/".join(self._paths[index]) for index in floats if index not in covered]
         if left:
@@ -223,11 +260,13 @@ class _Planner:
             norm = found if isinstance(found, BatchNorm) else None
         start = f"{module.name}.0" if self._stage == "prepared" and self._has_relu(op.name) else module.name
         weight = self._weight(op, module, member(start, "weight"))
-        tensors: list[Tensor | Fixed] = [weight]
+        tensors: list[AnyTensor] = [weight]
         outputs = weight.layout.shape[0]
         bias = norm.op_bias if norm is not None else self._bias(graph, op.name)
         if bias is not None:
-            tensors.append(self._vector(graph, finder, bias, member(start, "bias"), outputs, op.name))
+            # What a batch norm is made of lies along the channels, which finding it has checked.
+            added_to = node if norm is None else None
+            tensors.append(self._vector(graph, bias, member(start, "bias"), outputs, op.name, added_to))
         bn = None
         if norm is not None:
             if self._stage == "prepared":
@@ -236,7 +275,7 @@ class _Planner:
                     "qjax.fold_batch_norm(fn, params, ...), and prepare the function that it returns."
                 )
             bn = member(module.name, "bn")
-            tensors += self._norm(graph, finder, norm, bn, outputs, op.name)
+            tensors += self._norm(graph, norm, bn, outputs, op.name)
         sites = tuple(self._sites(op, module, weight))
         return Module(
             module.name, tuple(tensors), bn, sites, 2 if norm is not None and isinstance(module, ConvModule) else 1
@@ -259,44 +298,50 @@ class _Planner:
         return self._tensor(key, path, op.order, layout_of(op, module, self._caller))
 
     def _tensor(self, key: str, path: Path, order: tuple[int, ...], layout: Layout) -> Tensor:
+        return Tensor(key, self._leaf(key, path), "/".join(path), order, layout)
+
+    def _leaf(self, key: str, path: Path) -> int:
         leaf = self._leaves[path]
         if self._dtypes[leaf] != jnp.float32:
             raise self._error(
                 f"the parameter {'/'.join(path)} is {self._dtypes[leaf]}; torch's {key} is float32. Keep master weights in "
                 "float32, and cast them in the function."
             )
-        return Tensor(key, leaf, "/".join(path), order, layout)
+        return leaf
 
-    def _vector(self, graph: Graph, finder: Finder, operand: Operand, key: str, size: int, op: str) -> Tensor:
-        source = finder.source(operand)
-        path = None if not isinstance(source, int) else graph.known(source).path
-        if path is None:
-            raise self._error(f"{key} of {op} is computed from parameters. Keep it as a parameter of its own.")
-        return self._flat(key, path, size, op)
+    def _vector(
+        self, graph: Graph, operand: Operand, key: str, size: int, op: str, added_to: Node | None = None
+    ) -> Vector:
+        """A parameter with a number for each output, along the outputs of the node that it is added to."""
+        held = places_of(graph, operand, dict(zip(self._leaves, self._shapes, strict=True)))
+        if held is None:
+            path = None if not isinstance(operand, int) else graph.known(operand).path
+            made = "from parameters" if path is None else f"from {'/'.join(path)}, which is no parameter as it is"
+            raise self._error(f"{key} of {op} is computed {made}. Keep it as a parameter of its own.")
+        path, places = held
+        along = places.reshape(-1) if added_to is None else outputs_of(graph, added_to, operand, places)
+        return self._numbers(key, path, along, size, op)
 
-    def _flat(self, key: str, path: Path, size: int, op: str) -> Tensor:
-        """A parameter with a number for each output, whatever axes of size 1 it has beside it."""
-        if path not in self._leaves:
-            raise self._error(f"{key} of {op} is made of {'/'.join(path)}, which is no parameter as it is.")
-        shape = self._shapes[self._leaves[path]]
-        if math.prod(shape) != size:
+    def _numbers(self, key: str, path: Path, places: np.ndarray | None, size: int, op: str) -> Vector:
+        """The numbers of a parameter in this order; None where they are not added along the outputs."""
+        leaf = self._leaf(key, path)
+        shape = self._shapes[leaf]
+        if math.prod(shape) != size or places is None or len(places) != size:
             raise self._error(
-                f"{'/'.join(path)} of {op} has shape {shape}; torch's {key} has one number for each of {size} outputs."
+                f"{'/'.join(path)} of {op} has shape {shape}{'' if places is not None else ', not along the outputs'}; "
+                f"torch's {key} has one number for each of {size} outputs."
             )
-        layout = Layout(tuple((n,) for n in shape), (tuple(range(len(shape))),), name=op)
-        return self._tensor(key, path, tuple(range(len(shape))), layout)
+        return Vector(key, leaf, "/".join(path), shape, places)
 
     # -- batch norm --------------------------------------------------------------------------------------------------
 
-    def _norm(
-        self, graph: Graph, finder: Finder, norm: BatchNorm, bn: str, size: int, op: str
-    ) -> Iterator[Tensor | Fixed]:
+    def _norm(self, graph: Graph, norm: BatchNorm, bn: str, size: int, op: str) -> Iterator[AnyTensor]:
         for name, operand, value in (("weight", norm.scale, 1.0), ("bias", norm.bias, 0.0)):
             key = member(bn, name)
-            yield Fixed(key, value, size) if operand is None else self._vector(graph, finder, operand, key, size, op)
+            yield Fixed(key, value, size) if operand is None else self._vector(graph, operand, key, size, op)
         if not norm.of_batch:
             for name, operand in (("running_mean", norm.mean), ("running_var", norm.var)):
-                yield self._vector(graph, finder, operand, member(bn, name), size, op)
+                yield self._vector(graph, operand, member(bn, name), size, op)
             return
         assert norm.running_var is not None
         variance = graph.weights[norm.running_var]
@@ -308,7 +353,9 @@ class _Planner:
                 "arguments of inference, under which the function reads it."
             )
         for name, path in (("running_mean", mean), ("running_var", variance)):
-            yield self._flat(member(bn, name), path, size, op)
+            yield self._numbers(
+                member(bn, name), path, np.arange(math.prod(self._shapes[self._leaves[path]])), size, op
+            )
 
     # -- quantizers --------------------------------------------------------------------------------------------------
 
