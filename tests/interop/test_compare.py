@@ -320,3 +320,18 @@ def test_programs_that_were_calibrated_otherwise(path):
         reasons[f"{op} weight"].startswith("scale rule: max|x| divided by 127.5") for op in ("conv1", "conv2", "fc1")
     )
     assert all(reasons[f"{op} output"].startswith("reduce_range: ") for op in ("conv1", "conv2", "fc1"))
+
+
+@pytest.mark.parametrize(
+    ("here", "there"), [("module.", "model."), ("", "module."), ("a.b.", ""), ("module.net.", "x.")]
+)
+def test_prefixes_of_wrappers_are_no_difference(path, tmp_path, here, there):
+    """Points without a weight are paired, too; what differs is still told."""
+    state = dict(qjax.interop.load(path)) | {"add.scale": np.float32(0.5), "add.zero_point": np.int64(3)}
+    a = saved(tmp_path / "a.pt", {here + key: value for key, value in state.items()})
+    state |= {"add.zero_point": np.int64(4), "cat.scale": np.float32(0.5), "cat.zero_point": np.int64(0)}
+    b = saved(tmp_path / "b.pt", {there + key: value for key, value in state.items()})
+    comparison = qjax.interop.compare(a, b)
+    assert (comparison.compared, comparison.matched, comparison.floats) == (10, (), ())
+    assert only(comparison).name == f"{here}add output"
+    assert (comparison.only_in_a, comparison.only_in_b) == ((), (f"{there}cat output",))

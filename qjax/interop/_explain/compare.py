@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -122,6 +123,7 @@ def compare(a: Model, b: Model, *, modules: Mapping[str, TorchModule] | None = N
     if modules is None and not isinstance(a, Checkpoint) and not isinstance(b, Checkpoint):
         modules = {}  # two programs: both are laid out as JAX has it
     first, second = _side(a, modules), _side(b, modules)
+    second = _under_one_prefix(first, second)
     second, matched = _renamed(first, second)
     second = _entries_alike(first, second)
     differences: list[PointDifference] = []
@@ -298,6 +300,34 @@ def _renamed(first: _Side, second: _Side) -> tuple[_Side, tuple[tuple[str, str],
             continue
         points[name, role] = [(stage, dataclasses.replace(point, op=name, tensor=None)) for stage, point in found]
     return _Side(second.name, points, tensors, {}), tuple(zip(ops, others, strict=True))
+
+
+def _under_one_prefix(first: _Side, second: _Side) -> _Side:
+    """The second under the names of the first, where a wrapper such as `module.` is all that tells their names apart."""
+    ops = {op for op, _ in first.points}
+    if ops & {op for op, _ in second.points}:
+        return second
+    prefix, other = _prefix(first), _prefix(second)
+
+    def renamed(name: str) -> str:
+        return prefix + name.removeprefix(other) if name.startswith(other) else name
+
+    points: dict[tuple[str, str], list[tuple[str, QuantPoint]]] = {}
+    for (op, role), found in second.points.items():
+        name = renamed(op)
+        if name in ops:
+            points[name, role] = [(stage, dataclasses.replace(point, op=name)) for stage, point in found]
+        else:  # what only the second has keeps its name
+            points[op, role] = found
+    floats = {renamed(name): value for name, value in second.floats.items()}
+    return dataclasses.replace(second, points=points, floats=floats)
+
+
+def _prefix(side: _Side) -> str:
+    """The modules that all ops of a side lie in, with a dot at the end; empty where there is none."""
+    paths = [op.split(".")[:-1] for op, _ in side.points]
+    common = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
+    return "".join(f"{name}." for name in common)
 
 
 def _weights(side: _Side, ops: Sequence[str]) -> list[Any]:
