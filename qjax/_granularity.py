@@ -204,7 +204,7 @@ def channel_axes(granularity: PerChannel, ndim: int, caller: str) -> Shape:
 
 
 def block_shape(shape: Shape, granularity: Granularity, caller: str) -> Shape:
-    """How many neighbours along each axis share a scale.
+    """How many neighbours along each axis share a scale: at most as many as there are.
 
     Raises:
       ValueError: The granularity does not fit an array of this shape.
@@ -244,7 +244,7 @@ def block_shape(shape: Shape, granularity: Granularity, caller: str) -> Shape:
                     f"cut into {part}s. Use a size that divides {size}{_suggest(size, part)}, or pad=True to let the last one "
                     "be shorter."
                 )
-    return block
+    return tuple(min(part, max(size, 1)) for size, part in zip(shape, block, strict=True))
 
 
 def _suggest(size: int, wanted: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from qjax import containers, interop
 from qjax.containers import FormatError
 from qjax.interop._read.compressed_config import Targets, find_config
 from qjax.interop._read.match import Budget, Pattern
+from tests.interop.compressed_folder import hand_made
 
 W8 = {"num_bits": 8, "strategy": "channel"}
 
@@ -102,3 +104,17 @@ def test_an_embedding_takes_the_class_of_its_own_and_else_the_first_in_the_alpha
     assert targets.scheme("a.fc", lambda scheme: True).name == "Conv2d"
     assert targets.scheme("a.fc", lambda scheme: scheme.name != "Conv2d").name == "Linear"
     assert targets.scheme("a.fc", lambda scheme: False).name == "Conv2d"
+
+
+def test_a_block_larger_than_its_weight_takes_no_memory(tmp_path):
+    args = {"num_bits": 8, "strategy": "block", "block_structure": [2**30, 1]}
+    folder = hand_made(tmp_path / "a", args, weight=np.int8([[1, 2]]), weight_scale=np.float32([[0.5, 0.25]]))
+    checkpoint = interop.load(folder)
+    wanted = np.float32([[0.5, 0.5]])
+    np.testing.assert_array_equal(np.asarray(checkpoint["fc.weight"].dequantize()), wanted)
+    (point,) = interop.points(checkpoint)
+    tracemalloc.start()
+    np.testing.assert_array_equal(interop.interpret(np.int8([[1, 2]]), point), wanted)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert "fc" in str(interop.explain(checkpoint))
