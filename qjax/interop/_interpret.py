@@ -96,7 +96,7 @@ def check_point(point: Any, caller: str) -> None:
             f"{caller}: {name} has no qparams in the file ({point.qparams_from.kind.replace('_', ' ')}): "
             f"{point.qparams_from.detail}."
         )
-    if not point.valid:
+    if not point.has_law:
         bad = point.scale[~(np.isfinite(point.scale) & (point.scale > 0))].reshape(-1)[0]
         raise ValueError(
             f"{caller}: {name} has a scale of {bad}; it must be positive and finite. The model was converted before its "

@@ -78,6 +78,15 @@ class QuantPoint:
         """Whether there are qparams and every scale is positive and finite."""
         return self.scale is not None and bool(np.all(np.isfinite(self.scale) & (self.scale > 0)))
 
+    @property
+    def has_law(self) -> bool:
+        """Whether its codes mean something: as `valid`, but some scales may be 0, as of rows that hold nothing but zeros."""
+        if self.scale is None:
+            return False
+        return bool(
+            np.all(np.isfinite(self.scale) & (self.scale >= 0)) and (np.any(self.scale > 0) or not self.scale.size)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class PointTable(Sequence[QuantPoint]):

@@ -207,7 +207,7 @@ def explain(checkpoint: Checkpoint, *, ops: str | None = None, **assume: Any) ->
     for quant, stage in zip(table, stages, strict=True):
         if not (wanted.search(quant.op) or wanted.search(quant.tensor or "")):
             continue
-        if quant.qparams_from.kind == "unknown" or (quant.scale is not None and not quant.valid):
+        if quant.qparams_from.kind == "unknown" or (quant.scale is not None and not quant.has_law):
             unknown.append(quant)
         else:
             known.append(_point(quant, stage, checkpoint))

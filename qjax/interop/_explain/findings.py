@@ -65,6 +65,14 @@ def _bad_scale(points: Sequence[Point], unknown: Sequence[QuantPoint], contents:
             yield f"{point.op or 'the model'} ({point.role})", f"scale is {bad[0]:g}"
 
 
+def _zero_scale(points: Sequence[Point], unknown: Sequence[QuantPoint], contents: Contents) -> Places:
+    for point in points:
+        scale = point.quant.scale
+        if scale is not None and bool((scale == 0).any()):
+            zero = scale == 0
+            yield point.title, f"{np.count_nonzero(zero)} of {scale.size} scales{_which(zero)}"
+
+
 def _no_data(points: Sequence[Point], unknown: Sequence[QuantPoint], contents: Contents) -> Places:
     for point in unknown:
         if point.qparams_from.detail == NO_DATA:
@@ -100,7 +108,7 @@ def _scale_at_eps(points: Sequence[Point], unknown: Sequence[QuantPoint], conten
         spec, scale = point.quant.spec, point.quant.scale
         if scale is None or spec is None or not isinstance(spec.format, Int):
             continue
-        small = scale <= max(_EPS, 0.0 if spec.eps is None else spec.eps)
+        small = (scale > 0) & (scale <= max(_EPS, 0.0 if spec.eps is None else spec.eps))
         if bool(small.any()):
             count = "" if scale.size == 1 else f"{np.count_nonzero(small)} of {scale.size} scales{_which(small)}"
             yield point.title, count
@@ -260,6 +268,14 @@ _CHECKS: tuple[tuple[str, str, Callable[..., Places], str, str], ...] = (
         _bad_scale,
         "Its codes have no meaning.",
         "Calibrate on data without NaN and infinities and convert again; else the file is damaged: copy it again.",
+    ),
+    (
+        "zero_scale",
+        "scales of 0",
+        _zero_scale,
+        "Every code there stands for 0, or for NaN where the code is one: torchao writes NaN for a row of zeros in float8, and "
+        "the model puts out NaN.",
+        "Prune the channels, which hold nothing but zeros, or quantize with a smallest scale above 0.",
     ),
     (
         "no_data",

@@ -92,7 +92,7 @@ def _build(kind: str, state: Mapping[Any, Any], shape: Any, name: str) -> Torcha
     points = np.zeros(wanted, np.int32) if points is None else points
     if not isinstance(points, np.ndarray) or points.dtype.kind not in "iu" or points.size != scale.size:
         raise contradiction(name, "zero_points that are no integers, one for each scale")
-    bad = scale[~(np.isfinite(scale) & (scale > 0))]
+    bad = scale[~(np.isfinite(scale) & (scale >= 0))]  # 0 is that of a row of zeros in float8
     if bad.size:
         raise contradiction(name, f"a scale of {bad[0]}")
     spec = QuantSpec(number_format, symmetric=not bool(np.any(points)), granularity=granularity, convention="torchao")
