@@ -14,7 +14,9 @@ def printable(text: str) -> str:
 
 
 def span(values: npt.ArrayLike) -> str:
-    """One number, or the smallest and the largest of several."""
+    """One number, or the smallest and the largest of several; of none that there are none."""
+    if not np.size(values):
+        return "none"
     low, high = np.min(values), np.max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g}\n.. {high:.4g}"
 

@@ -82,6 +82,15 @@ def test_histograms_of_many_sizes_are_refused(tmp_path):
         qjax.interop.points(qjax.interop.load(tmp_path / "many.pt"))
 
 
+def test_a_histogram_of_many_bins_is_refused(tmp_path):
+    """Of one number that is repeated: such a file is small."""
+    bins = np.broadcast_to(np.float32(1), (2**16 + 1,))
+    qjax.interop.save(tmp_path / "a.pt", state("a", None, histogram=bins))
+    with pytest.raises(containers.FormatError, match="a histogram of 65537 bins; expected at most 65536") as error:
+        qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
+    assert "a.pt" in str(error.value)
+
+
 @pytest.mark.parametrize("count", [-1, np.inf, -np.inf, np.nan])
 def test_a_histogram_of_counts_that_cannot_be(tmp_path, count):
     qjax.interop.save(tmp_path / "a.pt", state("a", None, histogram=np.array([3, count, 2], np.float32)))

@@ -99,9 +99,17 @@ def _check_histograms(contents: Contents, path: str) -> None:
             expected=f"at most {_MOST_HISTOGRAMS}; torch's have 2048 bins",
             file=path,
         )
+    if max(sizes, default=0) > _MOST_BINS:
+        raise containers.FormatError(
+            f"a histogram of {max(sizes)} bins",
+            expected=f"at most {_MOST_BINS}; torch's have 2048 bins",
+            mend="The file is damaged or forged.",
+            file=path,
+        )
 
 
 _MOST_HISTOGRAMS = 8
+_MOST_BINS = 2**16  # the search among more takes seconds
 _ROLES = {"weight": 0, "input": 1, "output": 2}
 
 
