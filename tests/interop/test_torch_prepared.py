@@ -135,3 +135,52 @@ def test_observers_of_a_graph_module_stand_by_their_own_names(tmp_path):
         scale, zero_point = copy.deepcopy(getattr(model, name)).calculate_qparams()
         point = table.of(name, "output")[0]
         assert (scales(point), zeros(point)) == (tuple(scale.tolist()), tuple(zero_point.tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("observers", [False, True])
+def test_a_model_of_another_dtype(tmp_path, dtype, observers):
+    net = torch.nn.Sequential(ao.QuantStub(), torch.nn.Linear(4, 3))
+    net.qconfig = ao.get_default_qconfig("x86")
+    net = ao.prepare(net.eval())
+    net(torch.randn(8, 4))
+    if observers:
+        net.to(dtype)
+    else:
+        net[1].weight.data = net[1].weight.data.to(dtype)
+    checkpoint, table = loaded(net, tmp_path)
+    assert checkpoint.dialect == "prepared"
+    assert [(point.op, point.role) for point in table] == [("0", "output"), ("1", "weight"), ("1", "output")]
+    converted = ao.convert(copy.deepcopy(net)) if not observers else None
+    for point in table.of("0") + table.of("1", "output"):
+        if observers:  # what torch computes then is rounded in that dtype
+            assert (point.scale, point.qparams_from.kind) == (None, "unknown")
+            assert f"the dtype of its observer, {str(dtype).removeprefix('torch.')}," in point.qparams_from.detail
+        else:
+            np.testing.assert_array_equal(point.scale, np.float32(converted[int(point.op)].scale))
+    weight = (converted or ao.convert(copy.deepcopy(net)))[1].weight()
+    assert scales(table.of("1", "weight")[0]) == tuple(weight.q_per_channel_scales().tolist())
+
+
+def test_a_trained_model_that_was_cast(tmp_path):
+    net = torch.nn.Sequential(ao.QuantStub(), torch.nn.Linear(4, 3))
+    net.qconfig = ao.get_default_qat_qconfig("x86")
+    net = ao.prepare_qat(net.train())
+    net(torch.randn(8, 4))
+    checkpoint, table = loaded(net.bfloat16(), tmp_path)
+    assert checkpoint.dialect == "qat_prepared"
+    for op, role in (("0", "output"), ("1", "weight"), ("1", "output")):
+        training, after = table.of(op, role)
+        assert training.scale is not None
+        assert (after.scale, after.qparams_from.kind) == (None, "unknown")
+        assert "bfloat16" in after.qparams_from.detail
+
+
+def test_a_trained_weight_that_was_cast(tmp_path):
+    net = torch.nn.Sequential(ao.QuantStub(), torch.nn.Linear(4, 3))
+    net.qconfig = ao.get_default_qat_qconfig("x86")
+    net = ao.prepare_qat(net.train())
+    net(torch.randn(8, 4))
+    net[1].weight.data = net[1].weight.data.bfloat16()
+    _, after = loaded(net, tmp_path)[1].of("1", "weight")
+    assert "the weight, which is bfloat16 in the file" in after.qparams_from.detail

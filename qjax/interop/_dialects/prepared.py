@@ -12,7 +12,16 @@ from qjax._granularity import PerChannel, PerTensor
 from qjax._spec import QuantSpec
 from qjax.interop._dialects.observed_graph import ObservedGraph
 from qjax.interop._dialects.protocol import Assumptions, Contents, member, split
-from qjax.interop._dialects.statistics import NO_DATA, Statistics, observed_qparams, of_shape, range_qparams, statistics
+from qjax.interop._dialects.statistics import (
+    NO_DATA,
+    Statistics,
+    as_float32,
+    is_real,
+    observed_qparams,
+    of_shape,
+    range_qparams,
+    statistics,
+)
 from qjax.interop._points import Origin, QuantPoint, range_point
 from qjax.recipes._torch import scheme_of_engine
 
@@ -53,7 +62,7 @@ class Prepared:
             found.append(graph.named(point, observer, stats, assume.weight if weight else assume.activation))
             for key in (member(op, "weight"), member(op, "0.weight")):
                 weight = contents.tensors.get(key)
-                if isinstance(weight, np.ndarray) and weight.dtype == np.float32 and weight.ndim >= 2 and weight.size:
+                if is_real(weight) and weight.ndim >= 2 and weight.size:
                     found.append(_weight(op, key, weight, stats, assume))
         if graph.functional:
             found += _of_modules(contents, {point.tensor for point in found}, assume)
@@ -65,9 +74,9 @@ def _of_modules(contents: Contents, seen: set[str | None], assume: Assumptions) 
     first = next(filter(None, (statistics(observer, contents) for observer in _observers(contents))), None)
     for key, weight in contents.tensors.items():
         op, last = split(key)
-        if last != "weight" or key in seen or not isinstance(weight, np.ndarray):
+        if last != "weight" or key in seen or not is_real(weight):
             continue
-        if weight.dtype == np.float32 and weight.ndim >= 2 and weight.size:
+        if weight.ndim >= 2 and weight.size:
             point = _weight(op, key, weight, first, assume)
             if member(op, "bias") in contents.tensors:
                 yield dataclasses.replace(point, qparams_from=Origin("assumed", _GRAPH_WEIGHT))
@@ -107,9 +116,9 @@ def fixed_qparams(observer: str, contents: Contents) -> tuple[np.ndarray, np.nda
     scale, zero_point = (contents.tensors.get(f"{observer}.{name}") for name in ("scale", "zero_point"))
     if not isinstance(scale, np.ndarray) or not isinstance(zero_point, np.ndarray):
         return None
-    if scale.size != 1 or zero_point.size != 1 or scale.dtype.kind != "f" or zero_point.dtype.kind not in "iuf":
+    if scale.size != 1 or zero_point.size != 1 or not is_real(scale) or zero_point.dtype.kind not in "iuf":
         return None
-    return scale, zero_point
+    return as_float32(scale), zero_point
 
 
 def _fixed(op: str, observer: str, contents: Contents) -> QuantPoint:
@@ -146,7 +155,7 @@ def _output(op: str, weight: bool, stats: Statistics, assume: Assumptions) -> Qu
         spec = of_shape(spec, False, stats.eps)
     qparams = observed_qparams(stats, spec)
     if qparams is None:
-        why = NO_DATA if not stats.seen else _BROKEN
+        why = stats.unread or (_BROKEN if stats.seen else NO_DATA)
         return range_point(op, role, spec, qparams_from=Origin("unknown", why), codes_from=origin)
     why = _RANGE if stats.histogram is None else _SEARCH
     return range_point(
@@ -177,7 +186,8 @@ def assumed_weight(stats: Statistics | None, assume: Assumptions) -> tuple[Quant
 def _weight(op: str, key: str, weight: np.ndarray, stats: Statistics | None, assume: Assumptions) -> QuantPoint:
     spec, origin = assumed_weight(stats, assume)
     axes = tuple(range(1, weight.ndim)) if isinstance(spec.granularity, PerChannel) else None
-    low, high = np.min(weight, axis=axes), np.max(weight, axis=axes)
+    # Observers compute in float32, whatever they are shown.
+    low, high = (as_float32(np.asarray(reduce(weight, axis=axes))) for reduce in (np.min, np.max))
     qparams = range_qparams(low, high, spec)
     return range_point(
         op,

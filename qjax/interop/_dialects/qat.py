@@ -19,6 +19,8 @@ from qjax.interop._dialects.protocol import Assumptions, Contents, member, split
 from qjax.interop._dialects.statistics import (
     NO_DATA,
     Statistics,
+    as_float32,
+    is_real,
     moved,
     observed_qparams,
     of_shape,
@@ -109,7 +111,7 @@ def _fake_quants(contents: Contents) -> Iterator[_FakeQuant]:
         scale, zero_point = (contents.tensors.get(member(path, name)) for name in ("scale", "zero_point"))
         if not isinstance(scale, np.ndarray) or not isinstance(zero_point, np.ndarray):
             continue
-        if scale.dtype.kind != "f" or zero_point.dtype.kind not in "iuf" or max(scale.ndim, zero_point.ndim) > 1:
+        if not is_real(scale) or zero_point.dtype.kind not in "iuf" or max(scale.ndim, zero_point.ndim) > 1:
             continue
         if scale.size != zero_point.size or not scale.size:
             continue
@@ -124,7 +126,7 @@ def _fake_quants(contents: Contents) -> Iterator[_FakeQuant]:
             path=path,
             op=op,
             role="weight" if name == _WEIGHT or channels else "output",
-            scale=scale,
+            scale=as_float32(scale) if scale.dtype.kind == "V" else scale,
             zero_point=zero_point,
             stats=stats,
             fused=enabled.dtype == np.int64,
@@ -142,7 +144,7 @@ def _spec(fake: _FakeQuant, assume: Assumptions, graph: ObservedGraph) -> tuple[
     eps = None if stats is None else stats.eps
     base = of_shape(assumed[0], per_channel, eps)
     asked = assume.weight if fake.role == "weight" else assume.activation
-    if asked is None and stats is not None and stats.seen:
+    if asked is None and stats is not None and stats.seen and not stats.unread:
         for spec in (assumed[0], *_CANDIDATES[fake.role]):
             spec = of_shape(spec, per_channel, eps)
             if _explains(fake, stats, spec):
@@ -192,6 +194,8 @@ def _converted(
         if fixed is not None:
             return *fixed, Origin("file", f"{fake.path}.{OBSERVER}.scale")
         return None, None, Origin("unknown", "the file has no observer for it")
+    if stats.unread:
+        return None, None, Origin("unknown", stats.unread)
     why = _CONVERT
     if fake.role == "weight" and not fake.in_graph:
         why = _FROZEN_WEIGHT
@@ -199,6 +203,9 @@ def _converted(
             weight = folded_weight(fake.op, contents)
             if weight is None or (stats.per_channel and stats.min_val.size not in (0, len(weight))):
                 why = "convert() observes the weight, which the file does not have in the observer's shape"
+                held = contents.tensors.get(member(fake.op, "weight"))
+                if is_real(held) and held.dtype != np.float32:
+                    why = f"convert() observes the weight, which is {held.dtype.name} in the file; cast the model to float32"
                 return None, None, Origin("unknown", why)
             stats, why = moved(stats, weight, _CONSTANT), _CONVERT_WEIGHT
     qparams = observed_qparams(stats, spec)

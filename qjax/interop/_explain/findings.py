@@ -127,7 +127,7 @@ def _one_batch(points: Sequence[Point], unknown: Sequence[QuantPoint], contents:
     for key in contents.tensors:
         observer, last = split(key)
         found = statistics(observer, contents) if last == "histogram" else None
-        if found is None or found.histogram is None or not found.seen:
+        if found is None or found.histogram is None or not found.seen or found.unread:
             continue
         counts = found.histogram
         # A later batch that widens the range spreads the old counts over 16 parts of each bin.
