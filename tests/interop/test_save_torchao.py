@@ -129,6 +129,22 @@ def test_static_inputs_and_unsigned_codes(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("form", [qjax.uint8, qjax.int8])
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_the_range_of_a_static_input(tmp_path, form, reduce_range):
+    """Torchao clamps to -64..63 where a range is reduced: no code may be shifted beyond."""
+    spec = qjax.QuantSpec(form, reduce_range=reduce_range)
+    x = np.linspace(-1, 2, 2 * 64, dtype=np.float32).reshape(2, 64)
+    qparams = qjax.choose_qparams(x.min(), x.max(), spec)
+    weight = tensor(INT8, (4, 64))
+    options = {"inputs": {"0": (spec, qparams)}, "tensors": {"0.bias": np.zeros(4, np.float32)}}
+    qjax.interop.save_torchao(tmp_path / "a.safetensors", {"0.weight": weight}, **options)
+    model = loaded(tmp_path / "a.safetensors", torch.nn.Sequential(torch.nn.Linear(64, 4)))
+    seen = np.asarray(qjax.quantize(x, qparams, spec).dequantize(), np.float64)
+    wanted = seen @ np.asarray(weight.dequantize(), np.float64).T
+    np.testing.assert_allclose(model(torch.from_numpy(x)).detach().numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_unsigned_weights(tmp_path):
     spec = qjax.QuantSpec(qjax.uint4, granularity=GROUPS)
     w = np.linspace(-1, 2, 4 * 64, dtype=np.float32).reshape(4, 64)
@@ -212,6 +228,8 @@ INT4 = qjax.QuantSpec(qjax.int4, symmetric=True, granularity=GROUPS)
         ({"a.weight": tensor()}, {"inputs": {"a": 3}}, TypeError, "must be a QuantSpec"),
         ({"a.weight": tensor()}, {"inputs": {"b": TOKEN}}, ValueError, "is no module with a quantized weight"),
         ({"a.weight": tensor()}, {"tensors": {"a.weight": np.ones(2)}}, ValueError, "which the program has, too"),
+        ({"a.weight": tensor()}, {"tensors": {"a._weight_qdata": np.ones(2)}}, ValueError, "is made of a quantized tensor"),
+        ({"a._weight_scale": np.ones(2), "a.weight": tensor()}, {}, ValueError, "is made of a quantized tensor"),
         ({"a.weight": tensor()}, {"dtype": "float16"}, ValueError, "dtype must be one of float32, bfloat16"),
         ({"weight": tensor()}, {}, ValueError, "is of no module"),
         ({3: tensor()}, {}, ValueError, "is of no module"),

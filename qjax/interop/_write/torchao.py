@@ -98,17 +98,24 @@ def save_torchao(
     found |= _checked(inputs, held)
     written: dict[str, Any] = {}
     metadata: dict[str, str] = {"tensor_names": json.dumps(list(held))}
+
+    def add(name: str, value: Any) -> None:
+        if name in written:
+            raise ValueError(f"{_CALLER}: {name!r} is given, and is made of a quantized tensor, too. Leave it out.")
+        written[name] = value
+
     for name, value in held.items():
         if not isinstance(name, str) or "." not in name:
             raise ValueError(
                 f"{_CALLER}: the name {name!r} is of no module; torchao's loader wants one, as in 'model.weight'."
             )
         if not isinstance(value, QTensor):
-            written[name] = _plain(name, value)
+            add(name, _plain(name, value))
             metadata[name] = json.dumps({"_type": "Tensor"})
             continue
         kind, fields, parts = _subclass(name, value, found.get(split(name)[0]), dtype)
-        written |= {part_key(name, part): array for part, array in parts.items()}
+        for part, array in parts.items():
+            add(part_key(name, part), array)
         metadata[name] = json.dumps({"_type": kind, "_data": fields, "_tensor_data_names": list(parts)})
     containers.write_safetensors(path, written, metadata=metadata)
 
@@ -234,7 +241,8 @@ def _int8_input(name: str, how: Input | None) -> tuple[dict[str, Any] | None, di
     if qparams is not None:
         if np.size(qparams.scale) != 1 or not whole:
             raise ValueError(f"{_CALLER}: the input of {name} has {np.size(qparams.scale)} scales; torchao wants one.")
-        shift = 0 if form.signed else 128
+        # Torchao's codes are -64..63 in a reduced range, which is 0..127 of unsigned ones.
+        shift = 0 if form.signed else 64 if spec.reduce_range else 128
         point = np.asarray(qparams.zero_point).astype(np.int64).reshape(1, 1) - shift
         static["act_quant_scale"] = np.asarray(qparams.scale, np.float32).reshape(1, 1)
         symmetric = not bool(point.any())
