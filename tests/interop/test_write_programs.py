@@ -1,5 +1,7 @@
 """What the writers of integer programs take, and what of a function they would lose: each is told before it is written."""
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 import qjax
 from qjax import interop
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*was simulated with convention")
 
 
 def rand(*shape):
@@ -37,8 +41,6 @@ def test_a_literal_beside_an_op_has_no_codes(write, after):
     assert "fc.scale" in write(integer) or "fc_scale_0" in write(integer)
 
 
-@pytest.mark.filterwarnings("ignore:eager_static. the input of c was simulated")
-@pytest.mark.filterwarnings("ignore:fx_reference. the input of c was simulated")
 def test_a_trained_batch_norm_becomes_the_conv_of_torchs_converted_model():
     def fn(p, x):
         y = jax.lax.conv_general_dilated(x, p["c"]["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -52,3 +54,62 @@ def test_a_trained_batch_norm_becomes_the_conv_of_torchs_converted_model():
         state = write(integer)
         bias = np.asarray(norm["bias"] - norm["mean"] * norm["scale"] / np.sqrt(norm["var"] + 1e-5))
         np.testing.assert_allclose(state["c.bias"], bias, rtol=1e-5)
+
+
+def through_torchao(integer):
+    with tempfile.TemporaryDirectory() as folder:
+        interop.save_torchao(f"{folder}/a.safetensors", integer)
+        return interop.load(f"{folder}/a.safetensors")["fc.bias"]
+
+
+def through_compressed_tensors(integer):
+    with tempfile.TemporaryDirectory() as folder:
+        interop.save_compressed_tensors(folder, integer)
+        return interop.load(folder)["fc.bias"]
+
+
+W8 = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel("output"))
+WEIGHTS = qjax.Recipe([qjax.Rule(".*", weight=W8)])
+BIAS = {  # of each writer: the recipe that it takes, and the bias that is in its file
+    "eager_static": (
+        qjax.recipes.torch_static("x86"),
+        lambda program: interop.eager_static(program)["fc._packed_params._packed_params"][1],
+    ),
+    "eager_dynamic": (
+        qjax.recipes.torch_dynamic("x86"),
+        lambda program: interop.eager_dynamic(program)["fc._packed_params._packed_params"][1],
+    ),
+    "fx_reference": (qjax.recipes.torch_static("x86"), lambda program: interop.fx_reference(program)["fc.bias"]),
+    "save_torchao": (WEIGHTS, through_torchao),
+    "save_compressed_tensors": (WEIGHTS, through_compressed_tensors),
+}
+
+
+@pytest.mark.parametrize("name", BIAS)
+def test_a_bias_along_the_rows_is_no_bias_of_a_linear(name):
+    recipe, bias_of = BIAS[name]
+    x, bias = rand(4, 4), rand(4, 1)
+
+    def fn(p, x):
+        return x @ p["fc"]["w"] + p["fc"]["b"]
+
+    for right in (bias.T, jnp.ones((1, 1))):
+        integer = converted(fn, {"fc": {"w": rand(4, 4), "b": right}}, x, recipe)
+        np.testing.assert_array_equal(bias_of(integer), np.broadcast_to(right, (1, 4))[0])
+    integer = converted(fn, {"fc": {"w": rand(4, 4), "b": bias}}, x, recipe)
+    with pytest.raises(ValueError, match=rf"{name}: fc adds a bias of shape \(4, 1\); torch wants \(4,\)"):
+        bias_of(integer)
+
+
+def test_a_bias_of_several_outputs():
+    def fn(p, x):
+        return jnp.einsum("bd,dhk->bhk", x, p["fc"]["w"]) + p["fc"]["b"]
+
+    recipe, bias_of = BIAS["eager_dynamic"]
+    for bias in (rand(1, 2, 3), jnp.ones((1, 1, 1))):
+        integer = converted(fn, {"fc": {"w": rand(4, 2, 3), "b": bias}}, rand(6, 4), recipe)
+        np.testing.assert_array_equal(bias_of(integer), np.broadcast_to(bias, (1, 2, 3)).reshape(-1))
+    for bias in (rand(6, 1, 1), rand(1, 2, 1)):
+        integer = converted(fn, {"fc": {"w": rand(4, 2, 3), "b": bias}}, rand(6, 4), recipe)
+        with pytest.raises(ValueError, match="fc adds a bias of shape"):
+            bias_of(integer)

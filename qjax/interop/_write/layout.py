@@ -295,12 +295,18 @@ def bias_of(op: Any, bias: Any, outputs: int, caller: str = "qjax.interop") -> n
         return None
     shape = tuple(np.shape(bias))
     flat = np.asarray(bias, np.float32).reshape(-1)
-    conv = OpGeometry.of(op).contraction
-    axis = conv.dimension_numbers.out_spec[1] if isinstance(conv, Conv) else len(shape) - 1
-    along = [i for i, size in enumerate(shape) if size > 1]
-    elsewhere = isinstance(conv, Conv) and len(shape) == len(conv.padding) + 2 and along not in ([], [axis])
-    if flat.size not in (1, outputs) or elsewhere:
+    along = {axis for axis, size in enumerate(shape) if size > 1}
+    if flat.size not in (1, outputs) or not along <= _axes_of_outputs(OpGeometry.of(op), len(shape)):
         raise ValueError(
             f"{caller}: {OpGeometry.of(op).name} adds a bias of shape {shape}; torch wants ({outputs},), one for each output."
         )
     return np.broadcast_to(flat, (outputs,)).copy()
+
+
+def _axes_of_outputs(op: OpGeometry, rank: int) -> set[int]:
+    """Where the outputs of a layer are in its result, of that many axes."""
+    contraction = op.contraction
+    if isinstance(contraction, Conv):
+        return {contraction.dimension_numbers.out_spec[1]} if rank == len(contraction.padding) + 2 else {rank - 1}
+    summed = contraction.contracting[1] if isinstance(contraction, Dot) else ()
+    return set(range(rank - len(op.shape) + len(summed), rank))  # the weight is on the right: its axes come last
