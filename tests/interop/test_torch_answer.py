@@ -139,3 +139,25 @@ def test_nodes_are_found_by_the_modules_of_what_was_fused(tmp_path):
     table = qjax.interop.points(qjax.interop.load(tmp_path / "a.pt"))
     assert [(point.op, point.role) for point in table][:3] == [("a.0.0", "weight"), ("a.0", "input"), ("a.0", "output")]
     assert "a_0" not in {point.op for point in table}
+
+
+def test_a_trace_has_each_quantization_once(tmp_path):
+    """The result of a function is a literal of the code, and still a buffer that nothing reads."""
+    torch.manual_seed(0)
+    example = (torch.randn(8, 4),)
+    net = fx.prepare_fx(Addition().eval(), ao.get_default_qconfig_mapping("x86"), example)
+    net(*example)
+    model = fx.convert_fx(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, example), tmp_path / "a.pt")
+    checkpoint = qjax.interop.load(tmp_path / "a.pt")
+    outputs = [
+        (p.op, p.scale.item(), p.zero_point.item()) for p in qjax.interop.points(checkpoint) if p.role == "output"
+    ]
+    modules = [(op, model.get_submodule(op)) for op in ("a.0", "c", "head")]
+    assert sorted(outputs) == sorted(
+        [(op, float(np.float32(module.scale)), module.zero_point) for op, module in modules]
+        + [("add", model._scale_0.item(), model._zero_point_0.item())]
+    )
+    assert not any(name.startswith(("_scale", "_zero")) for name, _, _ in qjax.interop.explain(checkpoint).floats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from qjax.interop._read.script_code import Literal, literals
 
 _KERNELS = Origin("fixed", "torch's kernels take quint8 activations")
 _MOST_POINTS = 2**18  # one class may be that of many modules
+_BUFFER = re.compile(r"_scale_(\d+)")
 _DTYPES = {12: ("qint8", (-128, 127)), 13: ("quint8", (0, 255))}
 
 
@@ -64,7 +66,7 @@ def script_program(modules: Modules, metadata: Mapping[str, Any], tensors: Mappi
             raise FormatError("modules of more calls than are read", expected=f"{_MOST_POINTS} quantized calls")
         points += [point for point in _points(path, name, calls) if not _in_file(point, tensors)]
     quantized = bool(points) or bool(module_outputs(tensors)) or any(isinstance(q, QTensor) for q in tensors.values())
-    return Program("torchscript" if quantized else "plain", tuple(points), frozenset())
+    return Program("torchscript" if quantized else "plain", tuple(points), frozenset(_traced(points, tensors)))
 
 
 def _points(path: str, name: str, calls: list[Literal]) -> Iterator[QuantPoint]:
@@ -96,6 +98,30 @@ def _points(path: str, name: str, calls: list[Literal]) -> Iterator[QuantPoint]:
             codes_from=_KERNELS if call.dtype is None else Origin("graph", f"{call.call} in the code of {name}"),
             convention="torch_real",
         )
+
+
+def _traced(points: list[QuantPoint], tensors: Mapping[str, Any]) -> Iterator[str]:
+    """The buffers of a graph module that a trace made literals: its code says what they are for, and does not read them."""
+    literal: dict[tuple[str, float, int], int] = {}
+    for point in points:
+        if point.role == "output" and point.scale is not None and point.zero_point is not None:
+            key = point.op.rpartition(".")[0], point.scale.item(), point.zero_point.item()
+            literal[key] = literal.get(key, 0) + 1
+    for name, scale in tensors.items():
+        path, _, last = name.rpartition(".")
+        match = _BUFFER.fullmatch(last)
+        if match is None:
+            continue
+        other = f"{path}." * bool(path) + f"_zero_point_{match[1]}"
+        zero_point = tensors.get(other)
+        if not isinstance(scale, np.ndarray) or not isinstance(zero_point, np.ndarray):
+            continue
+        if scale.size != 1 or zero_point.size != 1 or scale.dtype.kind != "f" or zero_point.dtype.kind not in "iu":
+            continue
+        key = path, scale.astype(np.float32).item(), zero_point.item()
+        if literal.get(key, 0):
+            literal[key] -= 1
+            yield from (name, other)
 
 
 def _in_file(point: QuantPoint, tensors: Mapping[str, Any]) -> bool:
