@@ -30,6 +30,16 @@ def words_of(codes, bits, **options):
     return np.asarray(qjax.pack(codes, bits, order="int32_stream", encoding="offset_binary", **options))
 
 
+@pytest.mark.parametrize("answer", [qjax.interop.points, qjax.interop.explain])
+def test_what_is_wrong_with_an_input_is_said_with_the_file(tmp_path, answer):
+    args = {"num_bits": 8, "strategy": "tensor"}
+    tensors = {"weight": np.ones((2, 2), np.int8), "weight_scale": np.float32([1]), "input_scale": np.float32([-1])}
+    checkpoint = qjax.interop.load(hand_made(tmp_path / "a", args, group={"input_activations": args}, **tensors))
+    with pytest.raises(FormatError, match=r"a: tensor 'fc\.input_scale': found input_scale with -1\.0") as error:
+        answer(checkpoint)
+    assert error.value.file == checkpoint.path
+
+
 def test_real_sizes_are_read_without_copies(tmp_path, rng):
     size = 2048
     words = rng.integers(-(2**31), 2**31, (size, size // 8)).astype(np.int32)

@@ -81,30 +81,32 @@ def points(
     scheme_of_engine(engine, "points")
     contents = checkpoint.contents
     assume = Assumptions(engine=engine, activation=activation, weight=weight)
-    _check_histograms(contents, checkpoint.path)
     found: list[QuantPoint] = []
-    for dialect in DIALECTS:
-        found += dialect.points(contents, assume)
+    try:
+        _check_histograms(contents)
+        for dialect in DIALECTS:
+            found += dialect.points(contents, assume)
+    except containers.FormatError as error:
+        error.locate(file=checkpoint.path)
+        raise
     known = {(point.op, point.role) for point in found if point.qparams_from.kind != "unknown"}
     found = [p for p in found if p.qparams_from.kind != "unknown" or p.role != "input" or (p.op, p.role) not in known]
     return PointTable(checkpoint.path, checkpoint.dialect, tuple(_in_file_order(found, contents)))
 
 
-def _check_histograms(contents: Contents, path: str) -> None:
+def _check_histograms(contents: Contents) -> None:
     """Each number of bins is compiled for; a model has one or two, and a file may not ask for a thousand."""
     sizes = {np.size(value) for key, value in contents.tensors.items() if split(key)[1] == "histogram"}
     if len(sizes) > _MOST_HISTOGRAMS:
         raise containers.FormatError(
             f"histograms of {len(sizes)} different sizes",
             expected=f"at most {_MOST_HISTOGRAMS}; torch's have 2048 bins",
-            file=path,
         )
     if max(sizes, default=0) > _MOST_BINS:
         raise containers.FormatError(
             f"a histogram of {max(sizes)} bins",
             expected=f"at most {_MOST_BINS}; torch's have 2048 bins",
             mend="The file is damaged or forged.",
-            file=path,
         )
 
 
