@@ -131,6 +131,24 @@ GOOD = {
 }
 
 
+@pytest.mark.parametrize(("code", "fits"), [(1, True), (-2, True), (2, False), (127, False), (-3, False)])
+def test_codes_of_two_bits_in_int8_are_looked_at(code, fits):
+    state = {
+        "qdata": np.int8([[0, code]]),
+        "scale": np.float32([[0.5]]),
+        "zero_point": np.int8([[0]]),
+        "block_size": (1, 2),
+        "target_dtype": containers.Global("torch.int2"),
+    }
+    kind = "torchao.quantization.IntxUnpackedToInt8Tensor"
+    weight = from_object(containers.Object(kind, (), state), "fc.weight").weight
+    if fits:
+        np.testing.assert_array_equal(np.asarray(weight.tensor().dequantize()), np.float32([[0, code / 2]]))
+    else:
+        with pytest.raises(containers.FormatError, match=r"tensor 'fc\.weight': found codes from .* of int2"):
+            weight.tensor()
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -96,8 +97,20 @@ def _build(kind: str, state: Mapping[Any, Any], shape: Any, name: str) -> Torcha
     if bad.size:
         raise contradiction(name, f"a scale of {bad[0]}")
     spec = QuantSpec(number_format, symmetric=not bool(np.any(points)), granularity=granularity, convention="torchao")
-    weight = QTensor(codes, scale.reshape(wanted), points.astype(np.int32).reshape(wanted), spec)  # type: ignore[arg-type]  # numpy: no copy
+    scale, points = scale.reshape(wanted), points.astype(np.int32).reshape(wanted)
+    if isinstance(number_format, Int) and number_format.bits < 8:  # in int8, which holds more: looked at when asked for
+        made = functools.partial(_checked, codes, number_format, name)
+        weight = Deferred(shape=codes.shape, spec=spec, scale=scale, zero_point=points, codes=made)
+    else:
+        weight = QTensor(codes, scale, points, spec)  # type: ignore[arg-type]  # numpy: no copy
     return Torchao(weight, kind, _activation(state))
+
+
+def _checked(codes: np.ndarray, number_format: Int, name: str) -> np.ndarray:
+    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    if low < number_format.quant_min or high > number_format.quant_max:
+        raise contradiction(name, f"codes from {low} to {high} of {number_format}")
+    return codes
 
 
 def _activation(state: Mapping[Any, Any]) -> Any:
