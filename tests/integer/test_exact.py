@@ -46,7 +46,10 @@ def check_random_network(case):
     different, total = mismatches(predicted, computed)
     hypothesis.note(f"{different} of {total} codes differ")
     assert different == 0
-    np.testing.assert_array_equal(out, integer_out)
+    if "head/input" in predicted:
+        np.testing.assert_array_equal(out, integer_out)
+    else:  # a head in float: XLA may sum its products in another order in another program
+        np.testing.assert_allclose(out, integer_out, rtol=0, atol=1e-5 * float(jnp.abs(out).max()))
 
 
 @hypothesis.settings(max_examples=3)
