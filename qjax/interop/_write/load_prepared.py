@@ -47,6 +47,10 @@ def load_prepared(
     `qjax.recipes.torch_qat(engine, version=0)`) and `FusedMovingAvgObsFakeQuantize` (`version=1`), and a learnable
     fake-quantization of a symmetric scheme, whose scale is that of `qjax.estimators.lsq`.
 
+    An op with a ReLU is observed behind it here, as torch observes a module that it has fused with one (`LinearReLU`,
+    `ConvBnReLU2d`, `add_relu`). One that it has not fused is observed in front of it, which shows in a range with negative
+    numbers, and is an error.
+
     What is in no file, and so is not checked: an observer's averaging constant, which is the recipe's; epsilon and momentum of
     a batch norm, which are the function's; how many updates a moving average has had, which is 1 here (it is a weight where
     states are merged, no more); and for LSQ what calibration saw, and how torch scales the gradient.

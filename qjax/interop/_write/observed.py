@@ -45,6 +45,7 @@ class Site(NamedTuple):
     path: str  # of torch's module
     quantizer: Quantizer
     size: int | None  # how many channels have a range of their own; None where the tensor has one
+    behind_relu: bool = False
 
 
 class Buffers(NamedTuple):
@@ -178,6 +179,14 @@ def _observer_state(site: Site, path: str, buffers: Buffers) -> Any:
             expected="a range, as observers see them",
             place=place(f"{path}.min_val"),
             mend="The file is damaged.",
+        )
+    if site.behind_relu and bool(np.any(low < 0)):
+        raise FormatError(
+            f"a min_val of {low.min()}",
+            expected=f"none below 0 for {site.keys[0]}, which is observed behind a ReLU",
+            place=place(f"{path}.min_val"),
+            mend="Torch has not fused the ReLU. Fuse it, by fuse_modules_qat or FloatFunctional.add_relu, and train or "
+            "calibrate anew.",
         )
     if unseen:
         low, high = np.full(shape, np.inf, np.float32), np.full(shape, -np.inf, np.float32)

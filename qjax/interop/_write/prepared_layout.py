@@ -17,9 +17,9 @@ from qjax.interop._dialects.prepared import OBSERVER
 from qjax.interop._dialects.protocol import member
 from qjax.interop._write.derive import torch_modules
 from qjax.interop._write.layout import Layout, layout_of
-from qjax.interop._write.modules import ConvModule, FloatFunctional, TorchModule
+from qjax.interop._write.modules import Conv1d, ConvModule, FloatFunctional, Linear, TorchModule
 from qjax.interop._write.observed import Site, Stage, check_site
-from qjax.interop._write.vectors import outputs_of, places_of
+from qjax.interop._write.vectors import output_axes, outputs_of, places_of
 from qjax.transform import Prepared
 from qjax.transform._batch_norm import BatchNorm, Finder
 from qjax.transform._calls import op_of
@@ -258,10 +258,12 @@ class _Planner:
         if rule is not None and rule.batch_norm is not None:
             found = finder.find(node)
             norm = found if isinstance(found, BatchNorm) else None
-        start = f"{module.name}.0" if self._stage == "prepared" and self._has_relu(op.name) else module.name
+        self._check_is_module(op, module, norm)
+        is_fused = self._stage == "prepared" and self._has_relu(op.name) and not _is_transposed(module)
+        start = f"{module.name}.0" if is_fused else module.name
         weight = self._weight(op, module, member(start, "weight"))
         tensors: list[AnyTensor] = [weight]
-        outputs = weight.layout.shape[0]
+        outputs = math.prod(op.shapes[2][axis] for axis in output_axes(op))
         bias = norm.op_bias if norm is not None else self._bias(graph, op.name)
         if bias is not None:
             # What a batch norm is made of lies along the channels, which finding it has checked.
@@ -280,6 +282,24 @@ class _Planner:
         return Module(
             module.name, tuple(tensors), bn, sites, 2 if norm is not None and isinstance(module, ConvModule) else 1
         )
+
+    def _check_is_module(self, op: Op, module: TorchModule, norm: BatchNorm | None) -> None:
+        """Raise where torch observes an op in no module, or in front of its ReLU."""
+        roles = [role for role in ("weight", "output") if f"{op.name}/{role}" in self._observed]
+        without = isinstance(module, Conv1d) and norm is None
+        if self._stage == "qat_prepared" and roles and (_is_transposed(module) or without):
+            raise self._error(
+                f"op {op.name!r} becomes a {module.kind}{' without a batch norm' if without else ''}, which torch's "
+                "prepare_qat leaves in float: it fake-quantizes Conv2d, Conv3d and Linear, and a Conv1d with its batch norm. "
+                "Give the op a rule without quantizers, or take qjax.recipes.torch_static and ptq_prepared."
+            )
+        what = f"a {module.kind}" if _is_transposed(module) else f"a {module.kind} with a batch norm"
+        unfused = _is_transposed(module) or (isinstance(module, Linear) and norm is not None)
+        if unfused and "output" in roles and self._has_relu(op.name):
+            raise self._error(
+                f"op {op.name!r} is followed by a ReLU, which torch does not fuse with {what}: it observes the output in "
+                f"front of the ReLU, and this function behind it. Give the op a rule with output=None."
+            )
 
     def _has_relu(self, name: str) -> bool:
         return any(g.epilogues[name].relu for g in self._traced.graph.all() if name in g.epilogues)
@@ -384,7 +404,9 @@ class _Planner:
                 f"{keys[0]!r} is quantized {granularity}; torch's observers have one range for a tensor, or one for each "
                 'output of a weight, which is PerChannel("output").'
             )
-        site = Site(keys, self._observers.get(keys[0], path), quantizer, size)
+        name, _, role = keys[0].rpartition("/")
+        behind_relu = role == "output" and self._has_relu(name)
+        site = Site(keys, self._observers.get(keys[0], path), quantizer, size, behind_relu)
         check_site(site, self._stage, self._caller)
         return site
 
@@ -430,6 +452,10 @@ class _Planner:
                 "op one with input=None."
             )
         return operand
+
+
+def _is_transposed(module: TorchModule) -> bool:
+    return isinstance(module, ConvModule) and module.transposed
 
 
 def _outputs(layout: Layout, granularity: PerChannel) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from qjax.transform import _jaxpr
-from qjax.transform._trace import Graph, Node, Operand, is_float_cast
+from qjax.transform._trace import Graph, Node, Op, Operand, is_float_cast
 from qjax.transform._weights import Path
 
 _RESHAPES = frozenset({"expand_dims", "reshape", "squeeze"})
@@ -72,21 +72,26 @@ def outputs_of(graph: Graph, node: Node, bias: Operand, places: np.ndarray) -> n
     """
     op = node.op
     assert op is not None
-    assert op.contraction is not None
-    assert op.weight is not None
     result = _sizes(op.shapes[2])
     sum_ = _sum_of(graph, node.outputs[0], bias)
     places = np.broadcast_to(places, _sizes(sum_.eqn.outvars[0].aval.shape))
     if _without_ones(result) != _without_ones(places.shape):
         return None
     places = places.reshape(result)
-    ranks = len(op.shapes[0]), len(op.shapes[1])
-    found = [op.contraction.output_axis(op.weight, axis, ranks) for axis in range(ranks[op.weight])]
-    axes = [axis for axis in found if axis is not None]
+    axes = output_axes(op)
     others = [axis for axis in range(len(result)) if axis not in axes]
     if any(result[axis] > 1 and places.strides[axis] != 0 for axis in others):
         return None
     return places.transpose(*others, *axes)[(0,) * len(others)].reshape(-1)
+
+
+def output_axes(op: Op) -> list[int]:
+    """The axes of the op's result that are those of its weight, in its order."""
+    if op.contraction is None or op.weight is None:
+        return []
+    ranks = len(op.shapes[0]), len(op.shapes[1])
+    found = [op.contraction.output_axis(op.weight, axis, ranks) for axis in range(ranks[op.weight])]
+    return [axis for axis in found if axis is not None]
 
 
 def _sum_of(graph: Graph, result: int, bias: Operand) -> Node:
