@@ -113,3 +113,46 @@ def test_a_bias_of_several_outputs():
         integer = converted(fn, {"fc": {"w": rand(4, 2, 3), "b": bias}}, rand(6, 4), recipe)
         with pytest.raises(ValueError, match="fc adds a bias of shape"):
             bias_of(integer)
+
+
+ROW = {name: rand(4)[None] + i for i, name in enumerate("bc")}
+LOST = {
+    "minus": (lambda p, x: x @ p["fc"]["w"] - p["fc"]["b"], "fc/b"),
+    "scaled": (lambda p, x: (x @ p["fc"]["w"]) * 2.0 + p["fc"]["b"], "fc/b"),
+    "two": (lambda p, x: x @ p["fc"]["w"] + p["fc"]["b"] + p["fc"]["c"], "fc/c"),
+    "again": (lambda p, x: jax.nn.relu(x @ p["fc"]["w"] + p["fc"]["b"]) * p["fc"]["b"], "fc/b"),
+    "before": (lambda p, x: (x + p["fc"]["b"]) @ p["fc"]["w"], "fc/b"),
+}
+
+
+@pytest.mark.parametrize(("name", "how"), [(name, "minus") for name in BIAS] + [("eager_dynamic", how) for how in LOST])
+def test_a_parameter_that_the_file_would_not_have_is_named(name, how):
+    recipe, write = BIAS[name]
+    fn, path = LOST[how]
+    integer = converted(fn, {"fc": {"w": rand(4, 4), **ROW}}, rand(6, 4), recipe)
+    with pytest.raises(
+        ValueError, match=rf"{name}: the outputs depend on the parameters {path}, which are .* left_out="
+    ):
+        write(integer)
+
+
+def test_what_is_left_out_on_purpose():
+    def fn(p, x):
+        y = jax.checkpoint(lambda x: jax.nn.relu(x @ p["fc"]["w"] + p["fc"]["b"]))(x) * p["norm"]["scale"]
+        return y @ p["head"]["w"] + p["head"]["b"]  # in float: a model that has it misses its tensors
+
+    params = {
+        "fc": {"w": rand(4, 4), **ROW},
+        "norm": {"scale": rand(4)[None]},
+        "head": {"w": rand(4, 3), "b": rand(1, 3)},
+    }
+    recipe = qjax.Recipe([*qjax.recipes.torch_dynamic("x86").rules, qjax.Rule("head")])
+    integer = converted(fn, params, rand(6, 4), recipe)
+    with pytest.raises(ValueError, match="depend on the parameters norm/scale, which"):
+        interop.eager_dynamic(integer)
+    for left_out in (("norm",), ("norm/scale",)):
+        assert next(iter(interop.eager_dynamic(integer, left_out=left_out))) == "fc.scale"
+    with pytest.raises(ValueError, match="left_out has 'nor', but there is no such parameter; there are fc/b"):
+        interop.eager_dynamic(integer, left_out=("nor",))
+    with pytest.raises(TypeError, match="left_out must hold paths"):
+        interop.eager_dynamic(integer, left_out="norm")

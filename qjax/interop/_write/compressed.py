@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -34,6 +34,7 @@ def save_compressed_tensors(
     modules: Mapping[str, TorchModule] | None = None,
     inputs: Mapping[str, Input] | None = None,
     tensors: Mapping[str, Any] | None = None,
+    left_out: Collection[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json and model.safetensors as compressed-tensors 0.20 does, for vLLM, transformers and the library itself.
@@ -67,11 +68,15 @@ def save_compressed_tensors(
       inputs: How the inputs of modules are quantized, by the module's name: a spec for a range that is found at each call, or
         a spec and its qparams. Of a program, these go before what it says itself.
       tensors: More float arrays to write, by name, such as those of layers that are not quantized.
+      left_out: Of a program: parameters that are no weight and no bias of a layer, such as those of a layer norm, which
+        tensors has, or the torch model gets in another way: their paths, or what they lie under (`"norm"`). No others may be
+        missing in the file. (Layers that are left in float need not be named: a model that has them misses their tensors.)
       config: What else config.json is to hold, such as `"architectures"` and the sizes of the model; None keeps what is there.
 
     Raises:
       TypeError: program, modules or inputs is something else.
-      ValueError: compressed-tensors has no layout for a weight or an input; an op is no matrix product with its weight on the
+      ValueError: A parameter of a program would be missing in the file;
+        compressed-tensors has no layout for a weight or an input; an op is no matrix product with its weight on the
         right, nor an embedding; an op is missing in modules or unknown, or stands for several layers (a scan); a name is given
         twice or is no module's.
       OSError: The folder cannot be written.
@@ -92,7 +97,7 @@ def save_compressed_tensors(
       compressed-tensors, `compressors/`, `quantization/quant_config.py`.
     """
     if isinstance(program, IntegerProgram):
-        held, found = weights_of_program(program, modules, _CALLER)
+        held, found = weights_of_program(program, modules, left_out, _CALLER)
     elif isinstance(program, Mapping):
         if modules is not None:
             raise TypeError(f"{_CALLER}: modules are for a converted program; a mapping has torch's names already.")

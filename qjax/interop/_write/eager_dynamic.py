@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop._write import static_checks as checks
 from qjax.interop._write.derive import torch_modules
 from qjax.interop._write.layout import bias_of, layout_of
+from qjax.interop._write.left_out import check_left_out
 from qjax.interop._write.modules import Linear, TorchModule
 from qjax.interop._write.state_dict import StateDict
 
@@ -24,7 +25,12 @@ _HALF = Float(5, 10)
 _VERSION = 4  # of a dynamic Linear; what it packs has the static one's
 
 
-def eager_dynamic(integer: IntegerProgram, modules: Mapping[str, TorchModule] | None = None) -> Record:
+def eager_dynamic(
+    integer: IntegerProgram,
+    modules: Mapping[str, TorchModule] | None = None,
+    *,
+    left_out: Collection[str] = (),
+) -> Record:
     """Lay out an integer program as the state dict of a model that torch's `quantize_dynamic` makes: `Linear` alone.
 
     The inputs' qparams are found at each call, so the file has none: a dynamic module's `scale` and `zero_point` are 1 and 0.
@@ -38,13 +44,17 @@ def eager_dynamic(integer: IntegerProgram, modules: Mapping[str, TorchModule] | 
     Args:
       integer: From `qjax.convert`.
       modules: What each op becomes: `Linear`, for all ops of the program, by name. None derives them, as `torch_modules` does.
+      left_out: Parameters that are no weight and no bias of a layer, such as those of a layer norm, which the torch model
+        gets in another way: their paths, or what they lie under (`"norm"`). No others may be missing in the file. (Layers
+        that are left in float need not be named: a model that has them misses their tensors.)
 
     Returns:
       A mapping to hand to `qjax.interop.save`, with torch's module versions as its metadata.
 
     Raises:
       TypeError: integer is no integer program, or modules does not map names to modules.
-      ValueError: An op is missing in modules or unknown, is no dot, takes an input of static qparams, has a quantized output,
+      ValueError: A parameter would be missing in the file; an op is missing in modules
+        or unknown, is no dot, takes an input of static qparams, has a quantized output,
         or has a weight that torch's module cannot have.
 
     Warns:
@@ -93,6 +103,7 @@ def eager_dynamic(integer: IntegerProgram, modules: Mapping[str, TorchModule] | 
         }
         state.add(module.name, parts, _VERSION)
         state.versions[f"{module.name}._packed_params"] = {"version": 3}
+    check_left_out(integer, left_out, _CALLER)
     if not all_half:
         checks.warn_of_engine(integer, _CALLER)
     return state.record()

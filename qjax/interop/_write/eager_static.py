@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop._write import static_checks as checks
 from qjax.interop._write.derive import torch_modules
 from qjax.interop._write.layout import bias_of
+from qjax.interop._write.left_out import check_left_out
 from qjax.interop._write.modules import ConvModule, Embedding, FloatFunctional, Linear, TorchModule
 from qjax.interop._write.state_dict import StateDict
 
@@ -23,6 +24,7 @@ def eager_static(
     modules: Mapping[str, TorchModule] | None = None,
     *,
     quantize: str | Mapping[str, str] | None = "quant",
+    left_out: Collection[str] = (),
 ) -> Record:
     """Lay out an integer program as the state dict of a model that torch's eager-mode `convert` makes.
 
@@ -51,13 +53,17 @@ def eager_static(
       modules: What each op becomes; all ops of the program, by name. None derives them, as `torch_modules` does.
       quantize: The name of the model's `Quantize` module (`QuantStub` before conversion); or a mapping from the quantizers
         that it stands for, such as `"Dense_0/input"`, to names; None for a model that is given quantized tensors.
+      left_out: Parameters that are no weight and no bias of a layer, such as those of a layer norm, which the torch model
+        gets in another way: their paths, or what they lie under (`"norm"`). No others may be missing in the file. (Layers
+        that are left in float need not be named: a model that has them misses their tensors.)
 
     Returns:
       A mapping to hand to `qjax.interop.save`, with torch's module versions as its metadata.
 
     Raises:
       TypeError: integer is no integer program, or modules does not map names to modules.
-      ValueError: An op is missing in modules or unknown, is not of the kind of its module, or is quantized in a way that
+      ValueError: A parameter would be missing in the file; an op is missing in modules
+        or unknown, is not of the kind of its module, or is quantized in a way that
         torch's module cannot be (its weight affine, narrower than 8 bits or per another axis than the output; no input
         or output qparams; an input or output that is not 8-bit unsigned; an input that is quantized where no `Quantize` module
         was named; a convolution that is padded unevenly).
@@ -86,6 +92,7 @@ def eager_static(
         checks.point_of(op.input, "input", op.name, engine, _CALLER)
         checks.point_of(op.output, "output", op.name, engine, _CALLER)
         checks.check_kernel(op, integer, engine, _CALLER)
+    check_left_out(integer, left_out, _CALLER)
     checks.warn_of_engine(integer, _CALLER)
     checks.check_operands(integer, functional, _CALLER)
     state = StateDict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop._write import static_checks as checks
 from qjax.interop._write.derive import torch_modules
 from qjax.interop._write.layout import bias_of
+from qjax.interop._write.left_out import check_left_out
 from qjax.interop._write.modules import ConvModule, Embedding, FloatFunctional, TorchModule
 from qjax.interop._write.state_dict import StateDict
 
@@ -25,6 +26,7 @@ def fx_reference(
     modules: Mapping[str, TorchModule] | None = None,
     *,
     nodes: Mapping[str, str] | None = None,
+    left_out: Collection[str] = (),
 ) -> Record:
     """Lay out an integer program as the state dict of what torch's `convert_to_reference_fx` makes.
 
@@ -52,13 +54,17 @@ def fx_reference(
       nodes: Further scales of the graph, by their key, such as `"pool_scale_0"` or, of a function, `"_scale_0"`: which
         quantizer of the program (`"Conv_0/output"`) each has the qparams of. An input that is named here, as that behind an
         embedding is (`"table_scale_0"`: `"Dense_0/input"`), has no `_input_scale_0`.
+      left_out: Parameters that are no weight and no bias of a layer, such as those of a layer norm, which the torch model
+        gets in another way: their paths, or what they lie under (`"norm"`). No others may be missing in the file. (Layers
+        that are left in float need not be named: a model that has them misses their tensors.)
 
     Returns:
       A mapping to hand to `qjax.interop.save`, with torch's module versions as its metadata.
 
     Raises:
       TypeError: integer is no integer program, or modules or nodes is no such mapping.
-      ValueError: An op is missing in modules or unknown, is not of the kind of its module, or is quantized in a way that
+      ValueError: A parameter would be missing in the file; an op is missing in modules
+        or unknown, is not of the kind of its module, or is quantized in a way that
         torch's modules cannot be; nodes has a key that is no scale, or a quantizer that there is not; or an addition or a
         product is quantized and no node has its qparams.
 
@@ -102,6 +108,7 @@ def fx_reference(
         points[f"{node}_scale_0"] = checks.point_of(op.output, "output", name, engine, _CALLER)
     for key, quantizer in nodes.items():
         points[key] = checks.point_of(integer.points[quantizer], "node", quantizer, engine, _CALLER)
+    check_left_out(integer, left_out, _CALLER)
     root: dict[str, Any] = {}
     for key, (scale, zero_point) in points.items():
         start, _, index = key.rpartition("_scale_")

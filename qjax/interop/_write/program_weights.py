@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qjax._qparams import QParams
@@ -11,19 +11,21 @@ from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop._dialects.protocol import member
 from qjax.interop._write.derive import torch_modules
 from qjax.interop._write.layout import bias_of, layout_of
+from qjax.interop._write.left_out import check_left_out
 from qjax.interop._write.modules import Embedding, Linear, TorchModule
 
 Input = QuantSpec | tuple[QuantSpec, QParams]
 
 
 def weights_of_program(
-    program: IntegerProgram, modules: Mapping[str, TorchModule] | None, caller: str
+    program: IntegerProgram, modules: Mapping[str, TorchModule] | None, left_out: Collection[str], caller: str
 ) -> tuple[dict[str, Any], dict[str, Input]]:
     """Weights and biases by torch's names, and the inputs of the modules.
 
     Args:
       program: From `qjax.convert`.
       modules: The module of each op; None derives them.
+      left_out: Parameters that the file need not have.
       caller: For messages.
 
     Raises:
@@ -65,6 +67,7 @@ def weights_of_program(
         how = _input_of(op, bound, nodes[name])
         if how is not None:
             inputs[module.name] = how
+    check_left_out(program, left_out, caller)
     return held, inputs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import ml_dtypes
@@ -35,6 +35,7 @@ def save_torchao(
     modules: Mapping[str, TorchModule] | None = None,
     inputs: Mapping[str, Input] | None = None,
     tensors: Mapping[str, Any] | None = None,
+    left_out: Collection[str] = (),
     dtype: Dtype = "float32",
 ) -> None:
     """Write a safetensors file of torchao 0.18, which `torchao.prototype.safetensors` loads.
@@ -58,11 +59,15 @@ def save_torchao(
       inputs: How the inputs of modules are quantized, by the module's name: a spec for a range that is found at each call, or
         a spec and its qparams. Of a program, these go before what it says itself.
       tensors: More arrays to write, by name.
+      left_out: Of a program: parameters that are no weight and no bias of a layer, such as those of a layer norm, which
+        tensors has, or the torch model gets in another way: their paths, or what they lie under (`"norm"`). No others may be
+        missing in the file. (Layers that are left in float need not be named: a model that has them misses their tensors.)
       dtype: Of what the weights stand for, and torchao computes in.
 
     Raises:
       TypeError: program, modules or inputs is something else.
-      ValueError: torchao has no class for a weight or an input; a name has no module, is given twice, or is no module's; of a
+      ValueError: A parameter of a program would be missing in the file;
+        torchao has no class for a weight or an input; a name has no module, is given twice, or is no module's; of a
         program, as for `save_compressed_tensors`.
       OSError: The file cannot be written.
 
@@ -82,7 +87,7 @@ def save_torchao(
     if dtype not in get_args(Dtype):
         raise ValueError(f"{_CALLER}: dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
     if isinstance(program, IntegerProgram):
-        held, found = weights_of_program(program, modules, _CALLER)
+        held, found = weights_of_program(program, modules, left_out, _CALLER)
     elif isinstance(program, Mapping):
         if modules is not None:
             raise TypeError(f"{_CALLER}: modules are for a converted program; a mapping has torch's names already.")
