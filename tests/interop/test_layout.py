@@ -58,6 +58,19 @@ def test_convolutions_by_rank_and_an_embedding_and_names_of_paths():
     }
 
 
+@pytest.mark.parametrize("numbers", [("NHWC", "WHIO", "NHWC"), ("NWHC", "HWIO", "NWHC")])
+def test_spatial_axes_in_another_order_are_refused(numbers):
+    def fn(params, x):
+        return jax.lax.conv_general_dilated(x, params["conv"]["w"], (1, 1), "VALID", dimension_numbers=numbers)
+
+    recipe = qjax.recipes.torch_qat("x86")
+    params, x = {"conv": {"w": jnp.ones((3, 3, 2, 4))}}, jnp.ones((2, 6, 6, 2))
+    prepared = qjax.prepare(fn, recipe)
+    qvars = prepared.init(params, x)
+    with pytest.raises(ValueError, match="conv has its spatial axes in another order than the feature map"):
+        qjax.interop.qat_prepared(prepared, qvars, params, modules={"conv": Conv2d("conv")})
+
+
 KERNEL = {"conv": {"w": jnp.ones((3, 3, 2, 4))}}
 IMAGE = jnp.ones((2, 6, 8, 2))
 

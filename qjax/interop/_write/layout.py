@@ -188,6 +188,11 @@ def _of_conv(op: OpGeometry, module: ConvModule, caller: str) -> Layout:
             f"{caller}: {op.name} has batch_group_count={conv.batch_group_count}, which torch's {module.kind} does not have. "
             "Use feature_group_count, or leave the op in float."
         )
+    if list(conv.dimension_numbers.lhs_spec[2:]) != sorted(conv.dimension_numbers.lhs_spec[2:]):
+        raise ValueError(
+            f"{caller}: the kernel of {op.name} has its spatial axes in another order than the feature map, and torch has one "
+            'order for both. Say them alike, such as dimension_numbers=("NHWC", "HWIO", "NHWC").'
+        )
     (_check_transposed if module.transposed else _check_plain)(op, conv, module, caller)
     outputs, inputs, *spatial = conv.dimension_numbers.rhs_spec
     if not module.transposed:
