@@ -156,3 +156,9 @@ def test_what_is_left_out_on_purpose():
         interop.eager_dynamic(integer, left_out=("nor",))
     with pytest.raises(TypeError, match="left_out must hold paths"):
         interop.eager_dynamic(integer, left_out="norm")
+
+
+def test_a_module_that_is_called_as_the_quantize_module_is_refused():
+    integer = converted(lambda p, x: x @ p["fc"]["w"] + p["fc"]["b"][None], DENSE, rand(5, 4))
+    with pytest.raises(ValueError, match="two modules are called 'quant'"):
+        interop.eager_static(integer, {"fc": interop.Linear("quant")})

@@ -16,7 +16,15 @@ class StateDict:
         self.versions: dict[str, dict[str, int]] = {"": {"version": 1}}
 
     def add(self, module: str, values: Mapping[str, Any], version: int) -> None:
-        """Add a module's own keys."""
+        """Add a module's own keys.
+
+        Raises:
+          ValueError: There is a module of that name.
+        """
+        if module in self.versions:
+            raise ValueError(
+                f"two modules are called {module!r}, a Quantize module perhaps. Give each a name of its own."
+            )
         self.tensors.update({f"{module}.{key}": value for key, value in values.items()})
         self.versions[module] = {"version": version}
 
