@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 
 from qjax import containers
-from qjax._qparams import QParams
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.containers._atomic import replace_folder
@@ -20,7 +19,7 @@ from qjax.interop._dialects.protocol import member, split
 from qjax.interop._read.compressed_config import METHOD
 from qjax.interop._write.compressed_weights import Written, write_activation, write_weight
 from qjax.interop._write.modules import TorchModule
-from qjax.interop._write.program_weights import Input, weights_of_program
+from qjax.interop._write.program_weights import Input, plain_array, weights_and_inputs
 
 _RELEASE = "0.20.0"  # whose layout this is
 _CALLER = "save_compressed_tensors"
@@ -96,21 +95,7 @@ def save_compressed_tensors(
     References:
       compressed-tensors, `compressors/`, `quantization/quant_config.py`.
     """
-    if isinstance(program, IntegerProgram):
-        held, found = weights_of_program(program, modules, left_out, _CALLER)
-    elif isinstance(program, Mapping):
-        if modules is not None:
-            raise TypeError(f"{_CALLER}: modules are for a converted program; a mapping has torch's names already.")
-        held, found = dict(program), {}
-    else:
-        raise TypeError(
-            f"{_CALLER}: expected what qjax.convert returns, or a mapping from names to QTensors and arrays, got "
-            f"{type(program).__name__}."
-        )
-    for name in (tensors or {}).keys() & held.keys():
-        raise ValueError(f"{_CALLER}: tensors has {name!r}, which the program has, too.")
-    held |= dict(tensors or {})
-    found |= _checked_inputs({} if inputs is None else inputs, held)
+    held, found = weights_and_inputs(program, modules, inputs, tensors, left_out, _CALLER)
     written, schemes = _lay_out(held, found)
     quantization = _quantization_config(schemes)
 
@@ -137,22 +122,6 @@ def _config_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{_CALLER}: the {_CONFIG} in {os.fspath(folder)} is no JSON. Give config=..., or remove it."
         ) from error
     return found if isinstance(found, dict) else {}
-
-
-def _checked_inputs(inputs: Any, held: Mapping[str, Any]) -> dict[str, Input]:
-    if not isinstance(inputs, Mapping):
-        raise TypeError(f"{_CALLER}: inputs must map names of modules to specs, got {type(inputs).__name__}.")
-    for name, how in inputs.items():
-        pair = (
-            isinstance(how, tuple) and len(how) == 2 and isinstance(how[0], QuantSpec) and isinstance(how[1], QParams)
-        )
-        if not (isinstance(how, QuantSpec) or pair):
-            raise TypeError(
-                f"{_CALLER}: the input of {name!r} must be a QuantSpec, or one with its QParams, got {how!r}."
-            )
-        if not isinstance(held.get(member(name, "weight")), QTensor):
-            raise ValueError(f"{_CALLER}: inputs names {name!r}, which is no module with a quantized weight.")
-    return dict(inputs)
 
 
 def _lay_out(held: Mapping[str, Any], inputs: Mapping[str, Input]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,16 +166,9 @@ def _activation(module: str, how: Input | None) -> Written:
 
 
 def _array(name: str, value: Any) -> Any:
-    if isinstance(value, containers.RawTensor):
-        return value
-    array = np.asarray(value)
-    if array.dtype == ml_dtypes.bfloat16:
-        return containers.RawTensor("bfloat16", array.view(np.uint16))
-    if array.dtype == ml_dtypes.float8_e4m3fn:
-        return containers.RawTensor("float8_e4m3fn", array.view(np.uint8))
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{_CALLER}: {name} is a {type(value).__name__}; expected a QTensor or an array of numbers.")
-    return array
+    if isinstance(value, containers.RawTensor) or np.asarray(value).dtype != ml_dtypes.float8_e4m3fn:
+        return plain_array(name, value, _CALLER)
+    return containers.RawTensor("float8_e4m3fn", np.asarray(value).view(np.uint8))
 
 
 def _quantization_config(schemes: Mapping[str, Any]) -> dict[str, Any]:

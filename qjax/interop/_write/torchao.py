@@ -13,14 +13,13 @@ import numpy as np
 from qjax import containers
 from qjax._formats import Int
 from qjax._granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax._qparams import QParams
 from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.integer import IntegerProgram
 from qjax.interop._dialects.protocol import split
 from qjax.interop._read.torchao import part_key
 from qjax.interop._write.modules import TorchModule
-from qjax.interop._write.program_weights import Input, weights_of_program
+from qjax.interop._write.program_weights import Input, plain_array, weights_and_inputs
 
 _CALLER = "save_torchao"
 Dtype = Literal["float32", "bfloat16"]
@@ -86,21 +85,7 @@ def save_torchao(
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"{_CALLER}: dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
-    if isinstance(program, IntegerProgram):
-        held, found = weights_of_program(program, modules, left_out, _CALLER)
-    elif isinstance(program, Mapping):
-        if modules is not None:
-            raise TypeError(f"{_CALLER}: modules are for a converted program; a mapping has torch's names already.")
-        held, found = dict(program), {}
-    else:
-        raise TypeError(
-            f"{_CALLER}: expected what qjax.convert returns, or a mapping from names to QTensors and arrays, got "
-            f"{type(program).__name__}."
-        )
-    for name in (tensors or {}).keys() & held.keys():
-        raise ValueError(f"{_CALLER}: tensors has {name!r}, which the program has, too.")
-    held |= dict(tensors or {})
-    found |= _checked(inputs, held)
+    held, found = weights_and_inputs(program, modules, inputs, tensors, left_out, _CALLER)
     written: dict[str, Any] = {}
     metadata: dict[str, str] = {"tensor_names": json.dumps(list(held))}
 
@@ -115,7 +100,7 @@ def save_torchao(
                 f"{_CALLER}: the name {name!r} is of no module; torchao's loader wants one, as in 'model.weight'."
             )
         if not isinstance(value, QTensor):
-            add(name, _plain(name, value))
+            add(name, plain_array(name, value, _CALLER))
             metadata[name] = json.dumps({"_type": "Tensor"})
             continue
         kind, fields, parts = _subclass(name, value, found.get(split(name)[0]), dtype)
@@ -123,33 +108,6 @@ def save_torchao(
             add(part_key(name, part), array)
         metadata[name] = json.dumps({"_type": kind, "_data": fields, "_tensor_data_names": list(parts)})
     containers.write_safetensors(path, written, metadata=metadata)
-
-
-def _checked(inputs: Any, held: Mapping[str, Any]) -> dict[str, Input]:
-    if inputs is None:
-        return {}
-    if not isinstance(inputs, Mapping):
-        raise TypeError(f"{_CALLER}: inputs must map names of modules to specs, got {type(inputs).__name__}.")
-    for name, how in inputs.items():
-        spec = how[0] if isinstance(how, tuple) and len(how) == 2 and isinstance(how[1], QParams) else how
-        if not isinstance(spec, QuantSpec):
-            raise TypeError(
-                f"{_CALLER}: the input of {name!r} must be a QuantSpec, or one with its QParams, got {how!r}."
-            )
-        if not isinstance(held.get(f"{name}.weight"), QTensor):
-            raise ValueError(f"{_CALLER}: inputs names {name!r}, which is no module with a quantized weight.")
-    return dict(inputs)
-
-
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, containers.RawTensor):
-        return value
-    array = np.asarray(value)
-    if array.dtype == ml_dtypes.bfloat16:
-        return containers.RawTensor("bfloat16", array.view(np.uint16))
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{_CALLER}: {name} is a {type(value).__name__}; expected a QTensor or an array of numbers.")
-    return array
 
 
 def _subclass(name: str, q: QTensor, how: Input | None, dtype: Dtype) -> tuple[str, dict[str, Any], dict[str, Any]]:
