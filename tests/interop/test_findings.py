@@ -14,11 +14,7 @@ torch = pytest.importorskip("torch", reason="compares with torch, which is insta
 ao, nn = torch.ao.quantization, torch.nn
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch_engine("fbgemm"):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def explained(model, place, **options):

@@ -12,12 +12,7 @@ nnq = pytest.importorskip("torch.ao.nn.quantized")
 nniq = pytest.importorskip("torch.ao.nn.intrinsic.quantized")
 
 
-@pytest.fixture(autouse=True)
-def fbgemm():
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    yield
-    torch.backends.quantized.engine = before
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 class TorchNet(torch.nn.Module):

@@ -13,11 +13,7 @@ torch = pytest.importorskip("torch", reason="compares with torch, which is insta
 ao = torch.ao.quantization
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch_engine("fbgemm"):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def saved(model, place):

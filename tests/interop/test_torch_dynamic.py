@@ -23,13 +23,7 @@ class Net(torch.nn.Module):
         self.fc = torch.nn.Linear(4, 2)
 
 
-@pytest.fixture(autouse=True)
-def fbgemm():
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    torch.manual_seed(0)
-    yield
-    torch.backends.quantized.engine = before
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def loaded(model, place):

@@ -28,13 +28,7 @@ class Net(nn.Module):
         return torch.sigmoid(self.fc2(y) + y)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    torch.manual_seed(0)
-    yield
-    torch.backends.quantized.engine = before
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def prepared(mapping):

@@ -8,17 +8,12 @@ import pytest
 import qjax
 from tests.interop.numbers_of import scales, zeros
 from tests.interop.torch_nets import FUSED, OPS, assert_weight_is, loaded, network
-from tests.torch_engine import torch_engine
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao = torch.ao.quantization
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch_engine("fbgemm"):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def prepared(qconfig, *, batches=2):

@@ -8,18 +8,13 @@ import pytest
 import qjax
 from tests.interop.numbers_of import scales, zeros
 from tests.interop.torch_nets import FUSED, OPS, assert_weight_is, loaded, network
-from tests.torch_engine import torch_engine
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao = torch.ao.quantization
 learnable = pytest.importorskip("torch.ao.quantization._learnable_fake_quantize")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch_engine("fbgemm"):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def trained(qconfig, *, steps=3, frozen=False):

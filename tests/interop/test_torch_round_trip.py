@@ -13,7 +13,6 @@ from tests.interop import twins
 from tests.interop.numbers_of import scales, zeros
 from tests.interop.torch_nets import FUSED, OPS, assert_weight_is, loaded, network
 from tests.numerics.stress import assert_same_bits
-from tests.torch_engine import torch_engine
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is installed for Python 3.11 only")
 ao = torch.ao.quantization
@@ -25,11 +24,7 @@ PLACES = {  # of the quantizers of the twin, in torch's network
 BOTH = pytest.mark.parametrize("version", [1, 0])
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch_engine("fbgemm"):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def torchs(version=1, engine="fbgemm", net=None):

@@ -12,13 +12,7 @@ torch = pytest.importorskip("torch", reason="compares with torch, which is insta
 ao, nn = torch.ao.quantization, torch.nn
 
 
-@pytest.fixture(autouse=True)
-def fbgemm():
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    torch.manual_seed(0)
-    yield
-    torch.backends.quantized.engine = before
+pytestmark = pytest.mark.usefixtures("fbgemm")
 
 
 def loaded(model, place):
