@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,7 +110,7 @@ def convert(prepared: Prepared, qvars: QuantVars, params: Any, *args: Any) -> In
                 "they come from, then calibrate again."
             )
     recipe = prepared.recipe.bind(traced)
-    needed = _needed_inputs(traced.graph, stored.keys() | recipe.owners.keys()) - recipe.tied.keys()
+    needed = needed_inputs(traced.graph, stored.keys() | recipe.owners.keys()) - recipe.tied.keys()
     floats = {
         i - start: jnp.asarray(leaves[i]) for i in range(start, start + count) if traced.graph.inputs[i] in needed
     }
@@ -174,8 +174,17 @@ def _activation_observers(shapes: Interpreter) -> dict[str, Quantizer]:
     return found
 
 
-def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
-    """The inputs of the graph that are used as floats, where the weights of the stored ops are not."""
+def needed_inputs(
+    graph: Graph, stored: Collection[str], biases: Callable[[Graph], Mapping[int, int]] = lambda _: {}
+) -> set[int]:
+    """The inputs of the graph that are used as floats, where the weights of the stored ops are not.
+
+    Args:
+      graph: Of a traced function.
+      stored: The names of the ops.
+      biases: Of a graph, sums that do not use one of their operands either: the sum to that operand.
+    """
+    added = biases(graph)
     needed = {value for value in graph.outputs if isinstance(value, int)}
     for node in reversed(graph.nodes):
         if needed.isdisjoint(node.outputs):
@@ -183,6 +192,8 @@ def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
         operands: list[Any] = list(node.inputs)
         if node.op is not None and node.op.name in stored:
             operands = [value for i, value in enumerate(operands) if i != node.op.weight]
+        elif node.outputs[0] in added:
+            operands = [value for value in operands if value != added[node.outputs[0]]]
         elif node.bodies:
             inside = list(node.calls(operands))
             called = {value for _, values in inside for value in values if isinstance(value, int)}
@@ -190,7 +201,7 @@ def _needed_inputs(graph: Graph, stored: Any) -> set[int]:
                 value for value in operands if isinstance(value, int) and value not in called
             ]  # of a cond, the index
             for body, values in inside:
-                inner = _needed_inputs(body, stored)
+                inner = needed_inputs(body, stored, biases)
                 operands += [value for value, input in zip(values, body.inputs, strict=True) if input in inner]
         needed |= {value for value in operands if isinstance(value, int)}
     return needed

@@ -18,7 +18,7 @@ from qjax._quantize import QTensor
 from qjax._spec import QuantSpec
 from qjax.interop._deferred import Deferred
 from qjax.interop._read.torchao_blocks import block_tensor
-from qjax.interop._read.torchao_values import STATIC, contradiction, plain
+from qjax.interop._read.torchao_values import STATIC, contradiction, plain, real
 
 _INTX = re.compile(r"(torch\.)?int([1-8])")
 _FLOAT8: dict[str, Format] = {"float8_e4m3fn": e4m3, "float8_e5m2": e5m2}
@@ -81,7 +81,7 @@ def _build(kind: str, state: Mapping[Any, Any], shape: Any, name: str) -> Torcha
     if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"):
         return None
     codes, number_format = _codes(kind, state)
-    scale, blocks = _real(state.get("scale")), state.get("block_size")
+    scale, blocks = real(state.get("scale")), state.get("block_size")
     if codes is None or number_format is None or scale is None:
         raise contradiction(name, f"a {kind} without its qdata or scale")
     if shape is not None and shape != codes.shape:
@@ -143,14 +143,6 @@ def _dtype_name(value: Any) -> str:
         return value.name
     found = value.get("_data") if isinstance(value, dict) else None
     return found if isinstance(found, str) else ""
-
-
-def _real(value: Any) -> np.ndarray | None:
-    if isinstance(value, containers.RawTensor) and value.dtype == "bfloat16":
-        value = value.bits.view(ml_dtypes.bfloat16)
-    if not isinstance(value, np.ndarray) or (value.dtype.kind != "f" and value.dtype != ml_dtypes.bfloat16):
-        return None
-    return value.astype(np.float32)
 
 
 def _granularity(shape: tuple[int, ...], blocks: Any, name: str) -> tuple[Granularity, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from qjax._formats import Float, e2m1, e2m3, e3m2, e4m3, e5m2, int4
 from qjax._granularity import PerGroup
 from qjax._spec import QuantSpec
 from qjax.interop._deferred import Deferred
-from qjax.interop._read.torchao_values import contradiction, plain
+from qjax.interop._read.torchao_values import contradiction, plain, real
 from qjax.interop._words import unpack_bytes
 
 # torch's name → the format, and the bits of a code in the file
@@ -145,19 +145,10 @@ def _overall(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray | None
     return value
 
 
-def _real(value: Any) -> np.ndarray | None:
-    """A float array as float32."""
-    if isinstance(value, containers.RawTensor) and value.dtype == "bfloat16":
-        value = value.bits.view(ml_dtypes.bfloat16)
-    if not isinstance(value, np.ndarray) or (value.dtype.kind != "f" and value.dtype != ml_dtypes.bfloat16):
-        return None
-    return value.astype(np.float32)
-
-
 def _int4(state: Mapping[Any, Any], shape: Any, name: str) -> Deferred | None:
     """Codes two to a byte, scales transposed: (K/group, N). zero_points of the other kind are reals, added after the scale."""
     data, blocks = state.get("qdata"), state.get("block_size")
-    scale, points = _real(state.get("scale")), _real(state.get("zero_point"))
+    scale, points = real(state.get("scale")), real(state.get("zero_point"))
     if not isinstance(data, np.ndarray) or data.dtype not in (np.int8, np.uint8) or scale is None or points is None:
         raise contradiction(name, "an Int4Tensor without its qdata, scale or zero_point")
     if np.any(points != 0):

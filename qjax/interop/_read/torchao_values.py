@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from qjax import containers
 from qjax.containers._errors import quoted
 
@@ -23,6 +26,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str) else str(type(value).__name__)
+
+
+def real(value: Any) -> np.ndarray | None:
+    """A float array as float32; None of what is none."""
+    if isinstance(value, containers.RawTensor) and value.dtype == "bfloat16":
+        value = value.bits.view(ml_dtypes.bfloat16)
+    if not isinstance(value, np.ndarray) or (value.dtype.kind != "f" and value.dtype != ml_dtypes.bfloat16):
+        return None
+    return value.astype(np.float32)
 
 
 def contradiction(name: str, found: str) -> containers.FormatError:

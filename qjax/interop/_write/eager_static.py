@@ -62,11 +62,10 @@ def eager_static(
 
     Raises:
       TypeError: integer is no integer program, or modules does not map names to modules.
-      ValueError: A parameter would be missing in the file; an op is missing in modules
-        or unknown, is not of the kind of its module, or is quantized in a way that
-        torch's module cannot be (its weight affine, narrower than 8 bits or per another axis than the output; no input
-        or output qparams; an input or output that is not 8-bit unsigned; an input that is quantized where no `Quantize` module
-        was named; a convolution that is padded unevenly).
+      ValueError: A parameter would be missing in the file; an op is missing in modules or unknown, is not of the kind of its
+        module, or is quantized in a way that torch's module cannot be (its weight affine, narrower than 8 bits or per another
+        axis than the output; no input or output qparams; an input or output that is not 8-bit unsigned; an input that is
+        quantized where no `Quantize` module was named; a convolution that is padded unevenly).
 
     Warns:
       UserWarning: The model's input was simulated with another rounding than that of torch's `Quantize`; a depthwise

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from qjax.integer import IntegerProgram
+from qjax.integer._convert import needed_inputs
 from qjax.transform import Prepared
 from qjax.transform._names import leaf_paths
 from qjax.transform._trace import Graph, Node
@@ -31,7 +31,11 @@ def check_left_out(program: IntegerProgram, left_out: Collection[str], caller: s
     place = prepared.params_argnum
     paths = leaf_paths((*program._signature[:place], program._params_shape), place)
     start = len(Prepared.array_leaves(program._signature[:place]))
-    needed = _needed(traced.graph) - prepared.recipe.bind(traced).tied.keys()
+    layers = {op.name for op in traced.graph.ops() if op.weight is not None}
+    needed = (
+        needed_inputs(traced.graph, layers, lambda graph: _biases(graph, layers))
+        - prepared.recipe.bind(traced).tied.keys()
+    )
     used = ["/".join(path) for i, path in paths.items() if traced.graph.inputs[start + i - min(paths)] in needed]
     known = ["/".join(path) for path in paths.values()]
     for path in left_out:
@@ -52,30 +56,6 @@ def check_left_out(program: IntegerProgram, left_out: Collection[str], caller: s
 
 def _lies_under(path: str, above: str) -> bool:
     return path == above or path.startswith(f"{above}/")
-
-
-def _needed(graph: Graph) -> set[int]:
-    """The inputs of the graph that its outputs depend on, by another way than as the weight or the bias of a layer."""
-    needed = {value for value in graph.outputs if isinstance(value, int)}
-    layers = {node.op.name for node in graph.nodes if node.op is not None and node.op.weight is not None}
-    biases = _biases(graph, layers)
-    for node in reversed(graph.nodes):
-        if needed.isdisjoint(node.outputs):
-            continue
-        operands: list[Any] = list(node.inputs)
-        if node.op is not None and node.op.name in layers:
-            operands = [value for i, value in enumerate(operands) if i != node.op.weight]
-        elif node.outputs[0] in biases:
-            operands = [value for value in operands if value != biases[node.outputs[0]]]
-        elif node.bodies:
-            inside = list(node.calls(operands))
-            called = {value for _, values in inside for value in values if isinstance(value, int)}
-            operands = [value for value in operands if value not in called]  # of a cond, the index
-            for body, values in inside:
-                inner = _needed(body)
-                operands += [value for value, input in zip(values, body.inputs, strict=True) if input in inner]
-        needed |= {value for value in operands if isinstance(value, int)}
-    return needed
 
 
 def _biases(graph: Graph, layers: Collection[str]) -> dict[int, int]:
