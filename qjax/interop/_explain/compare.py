@@ -377,7 +377,7 @@ def _turned(q: QTensor, order: tuple[int, ...]) -> QTensor | None:
     elif not isinstance(granularity, PerTensor):
         return None
     codes = np.asarray(q.codes).transpose(order)
-    return dataclasses.replace(q, codes=codes, spec=q.spec.replace(granularity=granularity))  # type: ignore[arg-type]
+    return dataclasses.replace(q, codes=codes, spec=q.spec.replace(granularity=granularity))  # type: ignore[arg-type]  # numpy
 
 
 def _floats(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:

@@ -127,7 +127,7 @@ def _effect(a: QuantPoint, b: QuantPoint, pairs: Sequence[np.ndarray] | None) ->
     assert a.zero_point is not None
     assert b.zero_point is not None
     scale_a, scale_b = (side.astype(np.float64) for side in pairs)
-    zero_a, zero_b = (point.zero_point.reshape(-1).astype(np.float64) for point in (a, b))  # type: ignore[union-attr]
+    zero_a, zero_b = (zero.reshape(-1).astype(np.float64) for zero in (a.zero_point, b.zero_point))
     found = [np.max(np.abs((q_a - zero_a) - (q_b - zero_b) * (scale_b / scale_a)), initial=0) for q_a, q_b in ends]
     return float(max(found))
 

@@ -210,7 +210,7 @@ def _inferred(parts: Mapping[str, np.ndarray]) -> Scheme | str:
     args = Args(
         bits=bits, kind=kind, symmetric="weight_zero_point" not in parts, strategy=strategy, group_size=size, block=None,
         dynamic=False, exponents=exponents,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # type: ignore[arg-type]  # fmt: skip  # kind and strategy are among the literals
     return Scheme(name="", targets=(), format="", weights=args, input=None, output=None)
 
 

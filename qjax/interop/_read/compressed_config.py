@@ -149,7 +149,7 @@ def _args(data: Any, place: str) -> Args | None:
         raise _wrong(f"dynamic: {quoted(str(dynamic), 40)}", "true, false or 'local'", place)
     return Args(
         bits=bits,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]  # one of the two, as checked above
         symmetric=_typed(data.get("symmetric", True), bool, f"{place}.symmetric"),
         strategy=strategy,
         group_size=size if size is not None and size > 0 else None,

@@ -104,19 +104,21 @@ class Name:
         return known[1]
 
     def _found(self, kind: str, value: Any) -> int:
-        wanted: Callable[[str], bool]
-        if kind == "ANY":
-            wanted = lambda char: char != "\n"  # noqa: E731
-        elif kind == "NOT_LITERAL":
-            wanted = lambda char: ord(char) != value  # noqa: E731
-        else:
-            wanted = lambda char: self._within(value, char)  # noqa: E731
         self._budget.spend(len(self._places))
         found = 0
         for char, places in self._places.items():
-            if wanted(char):
+            if self._matches(kind, value, char):
                 found |= places
         return found
+
+    def _matches(self, kind: str, value: Any, char: str) -> bool:
+        match kind:
+            case "ANY":
+                return char != "\n"
+            case "NOT_LITERAL":
+                return ord(char) != value
+            case _:
+                return self._within(value, char)
 
     def _within(self, items: Any, char: str) -> bool:
         negated = str(items[0][0]) == "NEGATE"

@@ -101,9 +101,10 @@ def write_activation(base: str, spec: QuantSpec, qparams: QParams | None, name: 
         args = {"num_bits": bits, "type": "float", "symmetric": True}
     else:
         raise ValueError(f"{name} is {spec.format}, a format that compressed-tensors has not.")
-    group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
-    if group is not None and spec.granularity.axis not in (-1, 1):  # type: ignore[union-attr]
-        raise ValueError(f"{name} is {spec.granularity}; groups lie along the last axis.")
+    groups = spec.granularity if isinstance(spec.granularity, PerGroup) else None
+    if groups is not None and groups.axis not in (-1, 1):
+        raise ValueError(f"{name} is {groups}; groups lie along the last axis.")
+    group = None if groups is None else groups.size
     if spec.format == e2m1 and group == 16:
         if qparams is None or (qparams.tensor_scale is None and qparams.global_scale is None):
             raise ValueError(
@@ -143,7 +144,7 @@ def global_scale(qparams: QParams) -> np.ndarray:
     if qparams.global_scale is not None:
         return np.asarray(qparams.global_scale, np.float32)
     if qparams.tensor_scale is None:
-        return np.float32(1) * np.ones((), np.float32)
+        return np.ones((), np.float32)
     return np.float32(1) / np.asarray(qparams.tensor_scale, np.float32)
 
 

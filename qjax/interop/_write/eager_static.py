@@ -11,7 +11,7 @@ from qjax.containers import Global, Record
 from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop._write import static_checks as checks
 from qjax.interop._write.derive import torch_modules
-from qjax.interop._write.layout import bias_of
+from qjax.interop._write.layout import bias_of, outputs_of
 from qjax.interop._write.left_out import check_left_out
 from qjax.interop._write.modules import ConvModule, Embedding, FloatFunctional, Linear, TorchModule
 from qjax.interop._write.state_dict import StateDict
@@ -124,12 +124,12 @@ def _add_module(state: StateDict, op: IntegerOp, module: TorchModule, weight: An
     assert op.output is not None
     scale, zero_point = op.output[1]
     output = {"scale": np.asarray(scale, np.float32), "zero_point": np.asarray(zero_point, np.int64)}
+    bias = bias_of(op, op.bias, outputs_of(op, weight), _CALLER)
     if isinstance(module, ConvModule):
-        bias = bias_of(op, op.bias, op.weight.shape[op.contraction.dimension_numbers.rhs_spec[0]], _CALLER)  # type: ignore[union-attr]
         state.add(module.name, {"weight": weight, "bias": bias} | output, 1)
         return
     assert isinstance(module, Linear)
-    packed = (weight, bias_of(op, op.bias, weight.shape[0], _CALLER))
+    packed = (weight, bias)
     parts = {"_packed_params.dtype": Global("torch.qint8"), "_packed_params._packed_params": packed}
     state.add(module.name, output | parts, 3)
     state.versions[f"{module.name}._packed_params"] = {"version": 3}

@@ -13,7 +13,7 @@ from qjax.containers import Global, Record
 from qjax.integer import IntegerOp, IntegerProgram
 from qjax.interop._write import static_checks as checks
 from qjax.interop._write.derive import torch_modules
-from qjax.interop._write.layout import bias_of
+from qjax.interop._write.layout import bias_of, outputs_of
 from qjax.interop._write.left_out import check_left_out
 from qjax.interop._write.modules import ConvModule, Embedding, FloatFunctional, TorchModule
 from qjax.interop._write.state_dict import StateDict
@@ -142,10 +142,7 @@ def _add_module(state: StateDict, op: IntegerOp, module: TorchModule, engine: st
     values: dict[str, Any] = {"weight": np.asarray(weight.dequantize(), np.float32)}
     if not is_table:
         axis = weight.spec.granularity.axes[0] if isinstance(weight.spec.granularity, PerChannel) else 0
-        outputs = weight.shape[0]
-        if isinstance(module, ConvModule) and module.transposed:
-            outputs = op.weight.shape[op.contraction.dimension_numbers.rhs_spec[0]]  # type: ignore[union-attr]
-        bias = bias_of(op, op.bias, outputs, _CALLER)
+        bias = bias_of(op, op.bias, outputs_of(op, weight), _CALLER)
         values |= {} if bias is None else {"bias": bias}
     else:
         axis = 0

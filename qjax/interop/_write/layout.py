@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax._granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, channel_axes
 from qjax._quantize import QTensor
+from qjax.integer import IntegerOp
 from qjax.interop._write.modules import ConvModule, Embedding, Linear, OpGeometry, TorchModule
 from qjax.transform._contraction import Conv, Dot
 
@@ -288,6 +289,12 @@ def _of_linear(op: OpGeometry, module: Linear, caller: str) -> Layout:
     if module.flattened is not None and len(inputs) > 1:
         inputs = [inputs[-1], *inputs[:-1]]  # channels first
     return Layout(tuple(parts), (tuple(numbered[axis][0] for axis in outputs), tuple(inputs)), name=op.name)
+
+
+def outputs_of(op: IntegerOp, weight: QTensor) -> int:
+    """How many channels an op puts out, whose weight is laid out as torch has it: axis 0 but for a transposed convolution."""
+    conv = op.contraction
+    return op.weight.shape[conv.dimension_numbers.rhs_spec[0]] if isinstance(conv, Conv) else weight.shape[0]
 
 
 def bias_of(op: Any, bias: Any, outputs: int, caller: str = "qjax.interop") -> np.ndarray | None:

@@ -291,17 +291,16 @@ def write_site(site: Site, state: Any, stage: Stage, flags: Flags) -> dict[str, 
         return _observer_buffers(site, state)
     own = {f"{OBSERVER}.{name}": value for name, value in _observer_buffers(site, state).items()}
     if isinstance(site.quantizer, LSQ):
-        flag = lambda on: np.asarray([on], np.uint8)  # noqa: E731
-        scale = np.asarray(site.quantizer.qparams(state).scale).reshape(
-            -1
-        )  # what torch makes of a negative one differs
+        on, off = np.asarray([True], np.uint8), np.asarray([False], np.uint8)
+        # The scale that is used, which is positive: what torch makes of a negative one differs.
+        scale = np.asarray(site.quantizer.qparams(state).scale).reshape(-1)
         return {
             "scale": scale,
             "zero_point": np.zeros_like(scale),
-            "fake_quant_enabled": flag(True),
-            "observer_enabled": flag(True),
-            "static_enabled": flag(False),
-            "learning_enabled": flag(True),
+            "fake_quant_enabled": on,
+            "observer_enabled": on,
+            "static_enabled": off,
+            "learning_enabled": on,
             "eps": np.asarray([TORCH_EPS], np.float32),
             **own,
         }
