@@ -1,6 +1,6 @@
 """qjax: simulated quantization in JAX, trained through and handed to PyTorch. See README.md."""
 
-from qjax import containers, estimators, flax, integer, interop, observers, recipes, transform
+from qjax import containers, estimators, flax, integer, interop, kernels, observers, recipes, transform
 from qjax._block_formats import (
     mxfp4,
     mxfp6_e2m3,
@@ -87,6 +87,7 @@ __all__ = [
     "int16",
     "integer",
     "interop",
+    "kernels",
     "load_integer",
     "mxfp4",
     "mxfp6_e2m3",

@@ -1,0 +1,10 @@
+"""Pallas kernels for GPUs and TPUs: faster twins of some ops, each with a predicate and the plain op as its oracle.
+
+Nothing in qjax calls them by itself. `supports(kernel, *args)` says whether one takes its arguments, and why not. On a CPU they
+are interpreted, which shows that they are right and not how fast they are. docs/kernels.md has the table.
+"""
+
+from qjax.kernels._block_formats import fake_quantize_blocks, quantize_blocks
+from qjax.kernels._support import Support, supports
+
+__all__ = ["Support", "fake_quantize_blocks", "quantize_blocks", "supports"]
