@@ -5,6 +5,7 @@ are interpreted, which shows that they are right and not how fast they are. docs
 """
 
 from qjax.kernels._block_formats import fake_quantize_blocks, quantize_blocks
+from qjax.kernels._packed_matmul import packed_matmul
 from qjax.kernels._support import Support, supports
 
-__all__ = ["Support", "fake_quantize_blocks", "quantize_blocks", "supports"]
+__all__ = ["Support", "fake_quantize_blocks", "packed_matmul", "quantize_blocks", "supports"]
