@@ -61,8 +61,8 @@ def packed_matmul(
         x @ qjax.QTensor.of(codes, qparams, spec).dequantize()
 
     with encoding "twos_complement" for `Int(4)`, else "unsigned". They differ by the order of the sum: by no more than
-    `(K + 4) · 2^-24 · Σ_k |x w|` in float32 each, and by nothing where all partial sums are exact in float32. x is multiplied in
-    its own dtype: float32 at full precision, bfloat16 and float16 on the tensor cores.
+    `(K + 4) · 2^-24 · Σ_k |x w|` in float32 each, and by nothing where all partial sums are exact in float32. x is multiplied
+    in its own dtype: float32 at full precision, bfloat16 and float16 on the tensor cores.
 
     Two tilings: up to 16 rows of x ("decode", bound by 0.5 bytes a weight) and more ("prefill", bound by the tensor cores).
     Run in interpret mode and compiled for an H100 and a TPU v5e without either at hand: not measured.
