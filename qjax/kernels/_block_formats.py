@@ -42,7 +42,7 @@ from qjax.kernels._support import (
     without_gradient,
 )
 
-_NAN, _TWO_TO_63 = 0x7FC00000, 0x5F000000
+_NAN = 0x7FC00000
 _LANES = 128
 _TPU_ROWS = 32  # the tile of 8-bit codes on a TPU is 32 × 128
 _GPU_ROWS = 128  # blocks of a tile: 4,096 elements of MX
@@ -312,12 +312,7 @@ def _quantize(
         step = scale * tensor_scale
         scaled = x * _exact.divide(jnp.broadcast_to(inverse, amax.shape), scale)
     if isinstance(spec.format, Int):
-        whole = _exact.round_half_even(scaled)
-        # As the plain op: what does not fit int64, infinities and NaN get the lowest code.
-        fits = _exact.magnitude_bits(whole) < _TWO_TO_63
-        whole = jnp.where(fits, whole, jnp.float32(spec.quant_min))
-        codes = jnp.minimum(jnp.maximum(whole, jnp.float32(spec.quant_min)), jnp.float32(spec.quant_max))
-        codes = codes.astype(jnp.int32)
+        codes = _exact.clamp(_exact.unclamped_codes(_exact.round_half_even(scaled), None, spec), spec)
     else:
         assert isinstance(spec.format, Float)
         codes = _exact.code_of(scaled, spec.format)

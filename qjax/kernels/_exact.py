@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._formats import Float
+from qjax._conventions import E4M3_RULES, POWER_OF_TWO_RULES
+from qjax._formats import Float, Int
+from qjax._spec import QuantSpec
 
 _FRACTION_BITS, _BIAS, _SPECIAL = 23, 127, 255
 _MAGNITUDE, _FRACTION, _ONE = 0x7FFFFFFF, 0x7FFFFF, 0x3F800000
 INFINITY_BITS = 0x7F800000
+_TWO_TO_63 = 0x5F000000  # as float32
 _NAN_OF_X86 = -0x400000
 _HALF = -4096  # ~0xFFF as int32: keeps 12 of 24 significant bits
 
@@ -137,3 +140,37 @@ def code_of(x: jax.Array, form: Float) -> jax.Array:
 def supports_format(form: Float) -> bool:
     """Whether `code_of` has this format."""
     return form.signed and form.saturate and form.special != "fnuz" and form.bits <= 8 and form.mantissa > 0
+
+
+def unclamped_codes(whole: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
+    """`rint(x / scale) + zero_point` of convention torch_fake as float32: NaN and overflow beyond the lowest code, unclamped.
+
+    Args:
+      whole: float32, `rint(x / scale)`.
+      zero_point: float32 that broadcasts, or None for 0.
+      spec: Of `Int` format.
+    """
+    codes = whole if zero_point is None else whole + zero_point
+    bits = magnitude_bits(codes)
+    # Where torch converts to int64 before it clamps, what does not fit ends at the bottom, infinities among it.
+    lost = bits >= _TWO_TO_63 if spec.row.wraps == "int64" else bits > INFINITY_BITS
+    return jnp.where(lost, jnp.float32(spec.quant_min - 1), codes)
+
+
+def clamp(codes: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Codes within the range of the spec, as int32."""
+    low, high = jnp.float32(spec.quant_min), jnp.float32(spec.quant_max)
+    return jnp.minimum(jnp.maximum(codes, low), high).astype(jnp.int32)
+
+
+def supports_spec(spec: QuantSpec, *, rounding: str = "nearest_even") -> str:
+    """Why the two functions above do not have a spec; empty where they do."""
+    if not isinstance(spec.format, Int) or spec.format.bits > 8 or spec.float_zero_point:
+        return f"the format must be an Int of 8 bits or less with whole zero_points, got {spec}"
+    if spec.convention != "torch_fake":
+        return f"the convention must be torch_fake, got {spec.convention}"
+    if spec.rounding != rounding:
+        return f"rounding must be {rounding}, got {spec.rounding}"
+    if spec.effective_scale_rule in (*POWER_OF_TWO_RULES, *E4M3_RULES):
+        return f"scales must be plain float32, got scale_rule {spec.effective_scale_rule}"
+    return ""
