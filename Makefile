@@ -8,6 +8,8 @@ NEWEST  ?= .venv-newest
 # One test worker per logical core, at most eight. (`-n auto` counts physical cores: on many VMs that is half of them.)
 WORKERS ?= logical
 ARGS    ?=
+# What `make bench` runs on, which names its file of results: DEVICE=gpu where JAX has one.
+DEVICE  ?= cpu
 
 # A command that exists may still not run (a shim of a version manager that has nothing behind it), so each is tried;
 # venv and ensurepip are tried too, because some distributions package them apart.
@@ -22,14 +24,14 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST      = -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-holds examples test test-long mutants docs lint format types newest clean
+.PHONY: help demo demo-holds examples test test-long mutants bench docs lint format types newest clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would trip over each other
 
 help: ## list these targets
 	@echo "qjax: simulated quantization in JAX"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "Settings: PYTHON=… (3.11 or newer), VENV=$(VENV), WORKERS=$(WORKERS), ARGS=… (for pytest or the demo)"
+	@echo "Settings: PYTHON=… (3.11 or newer), VENV=$(VENV), WORKERS=$(WORKERS), DEVICE=$(DEVICE), ARGS=… (for pytest, the demo, benchmarks)"
 
 demo: $(VENV)/.demo-installed ## run the demo; results land in runs/demo
 	$(VENV)/bin/python -m experiments.demo --out runs/demo $(ARGS)
@@ -48,6 +50,10 @@ examples: $(VENV)/.test-installed ## run the examples, print what they show and 
 
 mutants: $(VENV)/.test-installed ## flip one decision of the numerics at a time: some test must catch each
 	$(VENV)/bin/python -m tests.mutants $(ARGS)
+
+bench: $(VENV)/.bench-installed ## measure qjax beside its peers (25 minutes) and write docs/benchmarks.md
+	$(VENV)/bin/python -m benchmarks --out benchmarks/results/$(DEVICE).json $(ARGS)
+	$(VENV)/bin/python -m benchmarks render
 
 docs: $(VENV)/.demo-installed ## write the generated pages anew (docs/conventions.md)
 	$(VENV)/bin/python docs/generate_conventions.py
@@ -85,6 +91,7 @@ clean: ## remove environments, caches and runs
 $(VENV)/.demo-installed: EXTRAS = demo
 $(VENV)/.test-installed: EXTRAS = test,peers
 $(VENV)/.dev-installed:  EXTRAS = dev,experiments
+$(VENV)/.bench-installed: EXTRAS = bench
 
 # constraints.txt was made for Python 3.11 and names releases that newer Pythons may not have: it is used on 3.11 alone.
 $(VENV)/.%-installed: pyproject.toml constraints.txt $(VENV)/bin/python

@@ -21,7 +21,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
     "default": {},  # glibc's own
 }
-FAMILIES = ("ops", "steps")
+FAMILIES = ("ops", "observers", "steps", "compile", "inference", "files")
 
 
 @dataclasses.dataclass(frozen=True)

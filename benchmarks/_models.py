@@ -73,13 +73,15 @@ def batch_norm() -> nn.BatchNorm:
 class TransformerLayer(nn.Module):
     width: int
     heads: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, x, _):
-        y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(y, y)
-        y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(self.width)(y), None
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(y, y)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        y = nn.gelu(nn.Dense(4 * self.width, dtype=self.dtype)(y))
+        return x + nn.Dense(self.width, dtype=self.dtype)(y), None
 
 
 class Transformer(nn.Module):
@@ -89,13 +91,14 @@ class Transformer(nn.Module):
     width: int = 256
     heads: int = 4
     layers: int = 6
+    dtype: Any = None  # in which it computes; parameters are float32
 
     @nn.compact
     def __call__(self, tokens):
-        x = nn.Embed(self.vocabulary, self.width)(tokens)
+        x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
         layers = nn.scan(TransformerLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
-        x, _ = layers(self.width, self.heads)(x, None)
-        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+        x, _ = layers(self.width, self.heads, self.dtype)(x, None)
+        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))  # the loss is float32
 
 
 @dataclasses.dataclass(frozen=True)

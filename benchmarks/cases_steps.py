@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ def qjax_step(prepared: qjax.Prepared) -> Callable[..., Any]:
     return step
 
 
-def trained(step: Callable[..., Any], state: Any, net: Network, base: str | None = None) -> Contender:
+def trained(step: Callable[..., Any], state: Any, net: Network) -> Contender:
     """A contender that takes a step at each call. All have their state donated: a step writes over the one before it."""
     compiled = jax.jit(step, donate_argnums=0).lower(state, net.x, net.labels).compile()
     held = [jax.tree.map(jnp.array, state)]  # of its own, since it is given away
@@ -79,7 +80,7 @@ def trained(step: Callable[..., Any], state: Any, net: Network, base: str | None
         jax.block_until_ready(held[0])
         return loss
 
-    return Contender(run, base, memory=temporary(compiled), facts={"first loss": float(run())})
+    return Contender(run, memory=temporary(compiled), facts={"first loss": float(run())})
 
 
 def start(net: Network) -> Any:
@@ -141,6 +142,10 @@ def contenders(name: str, tiny: bool) -> Mapping[str, Maker]:
         "qjax, moving average": lambda: train_qjax(net, AVERAGED),
         "Qwix": lambda: train_qwix(net),
     }
+    if name == "transformer" and jax.default_backend() != "cpu":  # bfloat16 is what one trains in there
+        half = dataclasses.replace(net, module=net.module.clone(dtype=jnp.bfloat16))
+        makers["float, bfloat16"] = lambda: train_float(half)
+        makers["qjax, bfloat16"] = lambda: dataclasses.replace(train_qjax(half, FOUND), base="float, bfloat16")
     if name == "mlp":
         makers["AQT"] = lambda: train_aqt(name, tiny)
     elif name == "cnn":

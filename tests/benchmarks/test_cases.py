@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks._case import FAMILIES, all_cases, make
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # what the peers warn of is theirs
+
 
 @pytest.fixture(autouse=True)
 def _as_users_have_it():
@@ -54,6 +56,38 @@ def test_a_step_trains_and_its_loss_is_not_that_of_float():
     losses = {name: contender.facts["first loss"] for name, contender in made.items() if contender.base is None}
     assert losses["qjax"] != losses["float"] == pytest.approx(losses["qjax"], rel=0.05)
     assert made["qjax"].memory > 0
+
+
+def test_an_observer_is_updated():
+    made, _ = run("observers/per_tensor/1M")
+    assert {"x + 1", "min_max", "histogram", "entropy"} <= made.keys()
+
+
+def test_compiling_is_measured_in_its_parts():
+    made, _ = run("compile/mlp24")
+    parts = made["qjax"].run()
+    assert parts["seconds"] == pytest.approx(sum(parts[f"seconds, {part}"] for part in ("trace", "lower", "compile")))
+
+
+def test_a_converted_program_is_near_the_float_one():
+    made, _ = run("inference/decode")
+    programs = {name: contender.facts for name, contender in made.items() if contender.facts}
+    assert programs["float"]["differs"] == 0
+    assert all(0 < facts["differs"] < 0.2 for name, facts in programs.items() if name != "float")
+    assert (
+        programs["qjax int4 weights"]["bytes"] < programs["qjax int8 weights"]["bytes"] < programs["float"]["bytes"] / 3
+    )
+
+
+@pytest.mark.long
+def test_every_reader_reads_the_same():
+    for peer in ("torch", "safetensors"):
+        pytest.importorskip(peer, reason="writes the files, and is installed for Python 3.11 only")
+    made, skipped = run("files/1GiB")  # 1 MiB here
+    assert not skipped
+    parts = made["qjax, .pt"].run()
+    assert parts["seconds"] > 0
+    assert parts["peak MiB"] > 0
 
 
 @pytest.mark.long
