@@ -6,7 +6,19 @@ are interpreted, which shows that they are right and not how fast they are. docs
 
 from qjax.kernels._block_formats import fake_quantize_blocks, quantize_blocks
 from qjax.kernels._int8_matmul import int8_matmul
+from qjax.kernels._observe_quantize import Observed, observe_quantize
 from qjax.kernels._packed_matmul import packed_matmul
+from qjax.kernels._stochastic import quantize_stochastic
 from qjax.kernels._support import Support, supports
 
-__all__ = ["Support", "fake_quantize_blocks", "int8_matmul", "packed_matmul", "quantize_blocks", "supports"]
+__all__ = [
+    "Observed",
+    "Support",
+    "fake_quantize_blocks",
+    "int8_matmul",
+    "observe_quantize",
+    "packed_matmul",
+    "quantize_blocks",
+    "quantize_stochastic",
+    "supports",
+]

@@ -36,6 +36,7 @@ from qjax.kernels._support import (
     is_power_of_two,
     predicate,
     require,
+    row_width,
     shaped,
     tile,
     where_to_run,
@@ -210,8 +211,7 @@ def _run(
     level = jnp.ones((1, 1), jnp.float32) if tensor_scale is None else tensor_scale.reshape(1, 1)
 
     width, rows = (size, _GPU_ROWS) if platform == "gpu" else (_LANES * size, _TPU_ROWS)
-    # On a TPU a reshape that changes the last axis moves everything.
-    columns = x.shape[-1] if platform == "tpu" and x.shape[-1] % width == 0 else width
+    columns = row_width(x, width, platform)
     rows = tile(x.size // columns, rows, 1 if platform == "gpu" else _TPU_ROWS)
     flat = as_rows(x, columns, rows)
     count = width // size

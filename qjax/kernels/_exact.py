@@ -61,6 +61,21 @@ def round_half_even(x: jax.Array) -> jax.Array:
     return float_of(bits_of(rounded) | (bits_of(x) & ~_MAGNITUDE))
 
 
+def round_at_random(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """`qjax._rounding.round_real` of mode "stochastic": away from zero with the probability of the fraction.
+
+    Args:
+      x: float32.
+      bits: int32, the 32 random bits of each.
+    """
+    magnitude = jnp.abs(x)
+    whole = jnp.floor(magnitude)
+    rest = (magnitude - whole) * jnp.float32(2.0**24)  # exact; NaN of an infinity, which stays
+    drawn = lax.shift_right_logical(bits, jnp.full_like(bits, 8)).astype(jnp.float32)
+    rounded = jnp.where(drawn < rest, whole + 1.0, whole)
+    return float_of(bits_of(rounded) | (bits_of(x) & ~_MAGNITUDE))
+
+
 def divide(a: jax.Array, b: jax.Array, quotient: jax.Array | None = None) -> jax.Array:
     """`a / b` rounded to nearest, from a quotient that may be a few ulp off; a result below 2^-126 is 0.
 

@@ -151,6 +151,11 @@ def as_rows(x: jax.Array, width: int, rows: int, fill: float = 0) -> jax.Array:
     return flat.reshape(-1, width)
 
 
+def row_width(x: jax.Array, width: int, platform: Platform) -> int:
+    """How long rows are when x is cut into tiles of this width: on a TPU the last axis stays, where it can, as it lies."""
+    return x.shape[-1] if platform == "tpu" and x.ndim and x.shape[-1] % width == 0 else width
+
+
 def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undo `as_rows`."""
     size = math.prod(shape)
