@@ -5,6 +5,7 @@ are interpreted, which shows that they are right and not how fast they are. docs
 """
 
 from qjax.kernels._block_formats import fake_quantize_blocks, quantize_blocks
+from qjax.kernels._histogram import histogram
 from qjax.kernels._int8_matmul import int8_matmul
 from qjax.kernels._observe_quantize import Observed, observe_quantize
 from qjax.kernels._packed_matmul import packed_matmul
@@ -15,6 +16,7 @@ __all__ = [
     "Observed",
     "Support",
     "fake_quantize_blocks",
+    "histogram",
     "int8_matmul",
     "observe_quantize",
     "packed_matmul",
