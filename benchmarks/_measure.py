@@ -123,5 +123,5 @@ def compare(contenders: Mapping[str, Contender], base: str, **settings: Any) -> 
         if contender.memory is not None:
             found[name]["memory"] = contender.memory
         if contender.facts:
-            found[name]["facts"] = {key: float(f"{value:.4g}") for key, value in contender.facts.items()}
+            found[name]["facts"] = {key: float(f"{value:.7g}") for key, value in contender.facts.items()}
     return {"base": base, "rounds": len(next(iter(samples.values()))), "contenders": found}

@@ -97,12 +97,12 @@ def ops(cases: Cases) -> Any:
     figure, (forward, vjp) = plt.subplots(1, 2, figsize=(8.4, 4.6), sharey=True)
     names = [f"ops/{kind}/f32/16M" for kind in KINDS]
     found = {"Qwix": ["Qwix, found"], "AQT": ["AQT, found"], "torch": ["torch, found"], "torchao": ["torchao, found"]}
-    points(forward, cases, names, {"qjax, given": ["qjax, given"], "qjax": ["qjax, found"], **found})
+    points(forward, cases, names, {"qjax, given": ["qjax, given"], "qjax, found": ["qjax, found"], **found})
     both = {label: [f"{each} + vjp" for each in contenders] for label, contenders in found.items() if label != "AQT"}
-    points(vjp, cases, names, {"qjax, given": ["qjax, given + vjp"], "qjax": ["qjax, found + vjp"], **both})
+    points(vjp, cases, names, {"qjax, given": ["qjax, given + vjp"], "qjax, found": ["qjax, found + vjp"], **both})
     for axes, title, limit in ((forward, "forward", 1), (vjp, "forward + vjp", 2)):
         axes.set_title(title)
-        axes.set_xlabel("time in times of x + 1")
+        axes.set_xlabel("time in times of x + 1 (peers: range found)")
         axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
         logarithmic(axes, (1, 2, 4, 8, 16, 32, 64))
     forward.set_yticks(range(len(KINDS)), [kind.replace("_", " ") for kind in KINDS])
@@ -110,12 +110,12 @@ def ops(cases: Cases) -> Any:
     return figure
 
 
-def legend(figure: Any, *axes: Axes) -> None:
+def legend(figure: Any, *axes: Axes, ncols: int = 6) -> None:
     """One legend below all, each label once."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
     if entries:
         figure.legend(
-            entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6, frameon=False
+            entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=ncols, frameon=False
         )
 
 
@@ -182,5 +182,5 @@ def inference(cases: Cases) -> Any:
     axes.set_xlabel("time in times of the float program (torch: of its own)")
     logarithmic(axes, (0.125, 0.25, 0.5, 1, 2, 4, 8, 16))
     axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names])
-    legend(figure, axes)
+    legend(figure, axes, ncols=3)
     return figure

@@ -98,7 +98,7 @@ def spread(found: Mapping[str, Any], metric: str = "seconds") -> str:
     return DASH if each is None else f"{each['median']:.2f} ({each['low']:.2f} to {each['high']:.2f})"
 
 
-def skipped(cases: Mapping[str, Any], names: Iterable[str]) -> str:
+def skipped(cases: Mapping[str, Any], names: Sequence[str]) -> str:
     """Why contenders are missing, each reason once."""
     reasons: dict[str, list[str]] = {}
     for name in names:
@@ -107,7 +107,8 @@ def skipped(cases: Mapping[str, Any], names: Iterable[str]) -> str:
             reasons.setdefault(f"the case {case['failed']}", []).append(name)
         for contender, reason in case.get("skipped", {}).items():
             reasons.setdefault(f"{contender}: {reason}", []).append(name)
-    lines = [f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    alone = len(set(names)) == 1  # then it is clear which case is meant
+    lines = [f"- {reason}." if alone else f"- {', '.join(where)}: {reason}." for reason, where in reasons.items()]
     return "\n\nNot measured:\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -183,17 +184,16 @@ def ops_vjp(cases: Mapping[str, Any]) -> str:
 
 
 def ops_sizes(cases: Mapping[str, Any]) -> str:
+    contenders = ("given", "found", "found + vjp")
     rows = []
     for dtype in ("f32", "bf16"):
         for kind in KINDS:
-            for size in SIZES:
-                name = f"ops/{kind}/{dtype}/{size}"
-                contenders = ("qjax, given", "qjax, found", "qjax, found + vjp", "Qwix, found", "Qwix, found + vjp")
-                if cases.get(name, {}).get("contenders"):
-                    rows.append(
-                        (f"{kind}, {dtype}, {size}", *(number(ratio(cases, name, each)) for each in contenders))
-                    )
-    return table(("", "given", "found", "found + vjp", "Qwix", "Qwix + vjp"), rows)
+            names = [f"ops/{kind}/{dtype}/{size}" for size in SIZES]
+            if any(cases.get(name, {}).get("contenders") for name in names):
+                values = (number(ratio(cases, name, f"qjax, {each}")) for each in contenders for name in names)
+                rows.append((f"{kind}, {dtype}", *values))
+    head = [f"{each} {size}" if size == SIZES[0] else size for each in contenders for size in SIZES]
+    return table(("", *head), rows)
 
 
 def ops_allocators(cases: Mapping[str, Any]) -> str:
@@ -239,7 +239,7 @@ def steps(cases: Mapping[str, Any]) -> str:
         "ms": _median("seconds"),
         "/ float step": spread,
         "temporary MiB": lambda found: f"{found['memory'] / 2**20:.1f}" if "memory" in found else DASH,
-        "first loss": _fact("first loss", lambda value: f"{value:.4f}"),
+        "first loss": _fact("first loss", lambda value: f"{value:.5f}"),
     }
     return _contenders(cases, [f"steps/{name}" for name in NETWORKS], columns)
 

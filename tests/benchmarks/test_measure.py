@@ -48,7 +48,7 @@ def test_a_comparison_names_the_base_of_each_contender():
     found = compare(
         {
             "float": Contender(runs(9.0, 1.0, 2.0, 4.0)),
-            "mine": Contender(runs(9.0, 2.0, 4.0, 4.0), memory=5, facts={"differs": 0.123449}),
+            "mine": Contender(runs(9.0, 2.0, 4.0, 4.0), memory=5, facts={"differs": 0.123456789}),
             "other": Contender(runs(9.0, 6.0, 4.0, 2.0), base="mine"),
             "orphan": Contender(runs(9.0, 1.0, 1.0, 1.0), base="missing"),
         },
@@ -65,7 +65,7 @@ def test_a_comparison_names_the_base_of_each_contender():
         "metrics": {"seconds": {"median": 4.0, "low": 2.4, "high": 4.0}},
         "ratios": {"seconds": {"median": 2.0, "low": 1.2, "high": 2.0}},  # of 2, 2, 1
         "memory": 5,
-        "facts": {"differs": 0.1234},
+        "facts": {"differs": 0.1234568},
     }
     assert contenders["other"]["ratios"]["seconds"]["median"] == 1.0  # of 3, 1, 0.5
     assert "ratios" not in contenders["orphan"]

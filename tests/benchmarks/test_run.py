@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import _run
+from benchmarks.__main__ import main
 from benchmarks._case import ALLOCATORS, Case
 
 WHERE = {"commit": "abc"}
@@ -76,3 +77,28 @@ def test_what_a_process_prints_that_is_no_result_is_dropped(monkeypatch, tmp_pat
     assert next(reports) == {"a": 1}
     with pytest.raises(RuntimeError, match="status 3: oh"):
         next(reports)
+
+
+@pytest.mark.long
+def test_a_case_is_measured_from_the_command_line(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    words = ["--quick", "--only", "^observers/channel_first/16M$", "--out", str(path)]
+    assert main(words) == 0
+    written = json.loads(path.read_text())
+    case = written["cases"]["observers/channel_first/16M"]
+    assert case["rounds"] >= 3
+    assert case["contenders"]["min_max"]["ratios"]["seconds"]["median"] == 1.0
+    assert written["environment"]["versions"]["jax"]
+    assert "observers/channel_first/16M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--only", "no such case"], ["--only", "("]])
+def test_a_pattern_that_finds_nothing_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--only" in capsys.readouterr().err
+
+
+def test_cases_are_listed(capsys):
+    assert main(["--list", "--only", "steps"]) == 0
+    assert capsys.readouterr().out.split() == ["steps/mlp", "steps/cnn", "steps/resnet20", "steps/transformer"]
