@@ -6,10 +6,12 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+_T = TypeVar("_T")
 
 
 def _index(owner: str, name: str, value: object) -> int:
@@ -280,13 +282,11 @@ def _paired(x: jax.Array, granularity: Granularity, fill: float | None, caller: 
     return x.reshape([size for pair in zip(counts, block, strict=True) for size in pair]), counts
 
 
-def reduce(
-    x: jax.Array, granularity: Granularity, reduction: Callable[..., jax.Array], caller: str = "qjax"
-) -> jax.Array:
-    """Reduce all elements that share a scale to one: `reduction` is jnp.min or jnp.max. Shape `statistic_shape`."""
+def reduce(x: jax.Array, granularity: Granularity, reduction: Callable[..., _T], caller: str = "qjax") -> _T:
+    """Reduce all elements that share a scale to one: `reduction` is jnp.min, jnp.max or both. Shape `statistic_shape`."""
     pairs, _ = _paired(x, granularity, None, caller)
-    reduced = reduction(pairs, axis=tuple(range(1, pairs.ndim, 2)))
-    return reduced.reshape(statistic_shape(x.shape, granularity, caller))
+    shape = statistic_shape(x.shape, granularity, caller)
+    return jax.tree.map(lambda part: part.reshape(shape), reduction(pairs, axis=tuple(range(1, pairs.ndim, 2))))
 
 
 def gather(x: jax.Array, granularity: Granularity, fill: float | None = None, caller: str = "qjax") -> jax.Array:

@@ -18,6 +18,7 @@ ROOMS = (
     "_rounding",
     "_codes",
     "_granularity",
+    "_reduce",
     "_conventions",
     "_spec",
     "_block_formats",

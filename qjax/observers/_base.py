@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from qjax._granularity import reduce, statistic_shape
 from qjax._qparams import QParams, check_spec, choose_qparams, observable
+from qjax._reduce import min_max
 from qjax._spec import QuantSpec
 
 State = Any  # a pytree of arrays; each observer names its own
@@ -71,7 +72,7 @@ def channels(x: jax.Array, spec: QuantSpec) -> tuple[int, ...]:
 
 def min_max_of(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
     """Smallest and largest value of all that share a scale, as float32; NaN where there is one."""
-    low, high = reduce(x, spec.granularity, jnp.min), reduce(x, spec.granularity, jnp.max)
+    low, high = reduce(x, spec.granularity, min_max)
     return low.astype(jnp.float32), high.astype(jnp.float32)
 
 
