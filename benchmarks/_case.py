@@ -21,7 +21,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
     "default": {},  # glibc's own
 }
-FAMILIES = ("ops", "observers", "steps", "compile", "inference", "files")
+FAMILIES = ("ops", "observers", "steps", "compile", "inference", "files", "kernels")
 
 
 @dataclasses.dataclass(frozen=True)

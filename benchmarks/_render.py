@@ -55,6 +55,7 @@ def page(files: Sequence[Results]) -> str:
         "compile": compile_times,
         "inference": inference,
         "files": readers,
+        "kernels": kernels,
     }
     for name, maker in makers.items():
         parts = [] if cpu is None else [maker(cpu)]
@@ -271,3 +272,15 @@ def readers(cases: Mapping[str, Any]) -> str:
         "own MiB": _median("own MiB", lambda value: f"{value:.1f}"),
     }
     return _contenders(cases, names, columns)
+
+
+def kernels(cases: Mapping[str, Any]) -> str:
+    names = [name for name in cases if name.startswith("kernels/")]
+    columns = {
+        "ms": _median("seconds"),
+        "/ limit": spread,
+        "equal": _fact("equal", lambda value: f"{value:.3f}"),
+    }
+    if not names:
+        return "None."
+    return _contenders(cases, names, columns) or skipped(cases, names).strip()

@@ -30,7 +30,14 @@ def test_the_page_tells_conventions_apart():
 
 @pytest.mark.parametrize(
     "name",
-    ["learned_quantizers.md", "integer_programs.md", "pytorch_outputs.md", "qat_round_trip.md", "checkpoints.md"],
+    [
+        "learned_quantizers.md",
+        "integer_programs.md",
+        "pytorch_outputs.md",
+        "qat_round_trip.md",
+        "checkpoints.md",
+        "kernels.md",
+    ],
 )
 def test_the_code_on_a_page_runs_and_prints_what_it_says(name, monkeypatch):
     monkeypatch.chdir(DOCS.parent)  # pages name files as a reader in the repository does
@@ -53,6 +60,12 @@ def test_the_page_of_checkpoints_has_every_dialect_and_writer():
     dialects = [dialect.name for dialect in DIALECTS] + ["plain"]
     writers = [name for name in qjax.interop.__all__ if name.startswith("save_") or name in STATE_DICTS]
     assert sorted(rows) == sorted(["dialect", *dialects, *writers])
+
+
+def test_the_page_of_kernels_has_every_kernel():
+    page = (DOCS / "kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)", page, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(set(qjax.kernels.__all__) - {"Observed", "Support", "supports"})
 
 
 STATE_DICTS = ("eager_dynamic", "eager_static", "fx_reference", "ptq_prepared", "qat_prepared")

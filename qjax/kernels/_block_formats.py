@@ -64,8 +64,8 @@ def quantize_blocks(
     Equal bit for bit to `qjax.quantize(x, qparams, spec)` with the qparams of `qjax.observers.dynamic(spec)`. NVFP4 has a
     scale of two levels, `scale = E4M3(amax / 6 / tensor_scale)` and `q = nearest to x · ((1 / tensor_scale) / scale)`.
 
-    Traffic, in bytes an element of float32: 4 read, 1 + 4/32 written (MX). Run in interpret mode and compiled for an H100 and
-    a TPU v5e without either at hand: not measured.
+    Traffic, in bytes an element of float32: 4 read, 1 + 4/32 written (MX).
+    Run in interpret mode only, not measured: it compiles for an H100 and a TPU v5e, which were not at hand.
 
     Args:
       x: float32, bfloat16 or float16; blocks lie along the last axis, whose size they divide.
@@ -106,8 +106,8 @@ def fake_quantize_blocks(
 
     The value of `qjax.fake_quantize` with the qparams of `qjax.observers.dynamic(spec)`, bit for bit; without its gradient.
 
-    Traffic, in bytes an element of float32: 4 read, 4 written, as a copy. Run in interpret mode and compiled for an H100 and
-    a TPU v5e without either at hand: not measured.
+    Traffic, in bytes an element of float32: 4 read, 4 written, as a copy.
+    Run in interpret mode only, not measured: it compiles for an H100 and a TPU v5e, which were not at hand.
 
     Args:
       x: As for `quantize_blocks`.

@@ -26,6 +26,7 @@ from qjax.kernels._support import (
     Support,
     check_floating,
     compiler_params,
+    has_int8_products,
     pad_to,
     predicate,
     require,
@@ -57,7 +58,7 @@ def int8_matmul(
 
     With `PerToken()` and no qparams the scale of each row is found before, in another read of x.
     Traffic: x and the weight, one byte each, are read once per tile of outputs that needs them; nothing but y is written.
-    Run in interpret mode and compiled for an H100 and a TPU v5e without either at hand: not measured.
+    Run in interpret mode only, not measured: it compiles for an H100 and a TPU v5e, which were not at hand.
 
     Args:
       x: float32, bfloat16 or float16, (…, K).
@@ -141,6 +142,8 @@ def _supports(
         return Support(False, f"dtype must be floating point or int32, got {jnp.dtype(dtype)}")
     if dtype == jnp.int32 and bias is not None:
         return Support(False, "sums in int32 have no bias, which is real")
+    if not has_int8_products(platform):
+        return Support(False, "TPUs multiply int8 from v5e on")
     if platform == "tpu" and jnp.float16 in (x.dtype, dtype):
         return Support(False, "TPUs have no float16; use bfloat16")
     return check_floating(x)

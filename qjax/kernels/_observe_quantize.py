@@ -59,8 +59,8 @@ def observe_quantize(
     uses the moving average of the ranges before it, and moves that by `min_val` and `max_val`, needs x no second time, and for
     its backward pass a byte and a bit an element. (torch's order, to move the range first, needs two reads.)
 
-    Traffic, in bytes an element of float32: 4 read, 1 + 1/8 written. Run in interpret mode and compiled for an H100 and a
-    TPU v5e without either at hand: not measured.
+    Traffic, in bytes an element of float32: 4 read, 1 + 1/8 written.
+    Run in interpret mode only, not measured: it compiles for an H100 and a TPU v5e, which were not at hand.
 
     Args:
       x: float32, bfloat16 or float16, any shape; fewer than 2^31 elements.

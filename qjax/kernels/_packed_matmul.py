@@ -65,7 +65,7 @@ def packed_matmul(
     in its own dtype: float32 at full precision, bfloat16 and float16 on the tensor cores.
 
     Two tilings: up to 16 rows of x ("decode", bound by 0.5 bytes a weight) and more ("prefill", bound by the tensor cores).
-    Run in interpret mode and compiled for an H100 and a TPU v5e without either at hand: not measured.
+    Run in interpret mode only, not measured: it compiles for an H100 and a TPU v5e, which were not at hand.
 
     Args:
       x: float32, bfloat16 or float16, (…, K).
@@ -182,8 +182,11 @@ def _run(
     m, n = x.shape[0], packed.shape[1]
     if m <= _DECODE_ROWS:
         bm, bn, bk = _DECODE_ROWS, (32 if platform == "gpu" else 512), 256
+    elif platform == "gpu":
+        # Sums of a group are held beside the whole ones: of 128 rows they would not fit the registers.
+        bm, bn, bk = 64 if size and not in_weight else 128, 128, 64
     else:
-        bm, bn, bk = 128, 128 if platform == "gpu" else 256, 64 if platform == "gpu" else 256
+        bm, bn, bk = 128, 256, 256
     if size:
         bk = max(bk, 8 * size) if in_weight and platform == "tpu" else (max(bk, size) if in_weight else size)
     half = bk // 2
@@ -212,7 +215,7 @@ def _run(
             in_specs=[x_spec, x_spec, pl.BlockSpec((packed.shape[0], bn), lambda i, j: (0, j)), *planes],
             out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
             out_shape=shape,
-            compiler_params=compiler_params(platform, num_warps=4 if bm < 128 else 8),
+            compiler_params=compiler_params(platform, num_warps=4 if bm < 64 else 8),
             interpret=interpret,
             name="qjax_packed_matmul_gpu",
         )(x[..., 0], x[..., 1], packed, *scales)

@@ -56,7 +56,7 @@ def quantize_stochastic(
 
     Traffic, in bytes an element of float32: 4 read, 1 written; with bits 8 and 1. Threefry is some 120 integer operations an
     element, so that arithmetic and not memory may be the limit.
-    Run in interpret mode and compiled for an H100 and a TPU v5e without either at hand: not measured.
+    Run in interpret mode only, not measured: it compiles for an H100 and a TPU v5e, which were not at hand.
 
     Args:
       x: float32, bfloat16 or float16, any shape; fewer than 2^31 elements.

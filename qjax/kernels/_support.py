@@ -87,6 +87,13 @@ def where_to_run(platform: Platform | None, interpret: bool | None, caller: str)
     return platform or ("tpu" if here == "tpu" else "gpu"), interpret
 
 
+def has_int8_products(platform: Platform) -> bool:
+    """False on the TPUs whose matrix units have no int8, where it is one of them that is at hand: v4 and older."""
+    if platform != "tpu" or jax.default_backend() != "tpu":
+        return True
+    return not any(old in jax.devices()[0].device_kind for old in ("v2", "v3", "v4"))
+
+
 def compiler_params(platform: Platform, *semantics: str, num_warps: int = 4, num_stages: int = 3) -> Any:
     """Triton's parameters on a GPU, where the default would be another compiler; Mosaic's on a TPU.
 

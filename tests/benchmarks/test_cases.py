@@ -79,6 +79,27 @@ def test_a_converted_program_is_near_the_float_one():
     )
 
 
+def test_a_kernel_is_compared_with_its_plain_op():
+    made, _ = run("kernels/blocks/mxfp4")
+    assert made["Pallas"].facts == made["plain"].facts == {"equal": 1.0}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are measured here")
+def test_kernels_are_not_measured_interpreted():
+    made, skipped = make(all_cases()["kernels/histogram"].build(False))
+    assert not made
+    assert "a GPU or a TPU" in skipped["x + 1"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", ["kernels/observe_quantize", "kernels/packed/int4_g128/decode", "kernels/int8/int8_tokens/decode"]
+)
+def test_other_kernels_run(name):
+    made, _ = run(name)
+    assert made["Pallas"].facts["equal"] > 0.5
+
+
 @pytest.mark.long
 def test_every_reader_reads_the_same():
     for peer in ("torch", "safetensors"):
