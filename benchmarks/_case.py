@@ -36,7 +36,7 @@ class Case:
       process: Cases that name the same one share a process, one after the other; by default each has its own.
       allocator: A key of ALLOCATORS.
       quick: Whether `--quick` takes it.
-      rounds, seconds, least, warmup: As in `interleave`.
+      rounds, seconds, least, warmup, beside: As in `interleave`.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Case:
     seconds: float = 4.0
     least: int = 5
     warmup: int = 2
+    beside: bool = False
 
     @property
     def family(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-SPAN = 0.01  # seconds: a call that is shorter is repeated to fill this, so that a hiccup weighs little
+SPAN = 0.005  # seconds: a call that is shorter is repeated to fill this, so that the clock and the loop do not count
 SECONDS = "seconds"
 
 
@@ -37,25 +37,34 @@ class Contender:
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+Sample = dict[str, float]  # by metric
+
+
 def interleave(
     calls: Mapping[str, Callable[[], Any]],
+    bases: Mapping[str, str] | None = None,
     *,
     rounds: int,
     seconds: float,
     least: int = 5,
     warmup: int = 2,
+    beside: bool = False,
     seed: int = 0,
-) -> dict[str, list[dict[str, float]]]:
-    """Call all contenders in each round, in an order drawn anew, and return what each round measured.
+) -> dict[str, list[tuple[Sample, Sample | None]]]:
+    """Call all contenders in each round, in an order drawn anew; returns what each round measured, and of the base.
 
     Args:
       calls: By name.
+      bases: The base of each.
       rounds: How many rounds at most.
       seconds: After so long no round is begun, once there were `least`.
       least: How many rounds at least.
       warmup: Calls of each before the first round.
+      beside: Measure the base anew right before or right after each contender, drawn by lot, for what is so short that the
+        machine changes within a round; else the base is that of the round.
       seed: Of the orders.
     """
+    bases = bases or {}
     repeats = {}
     for name, call in calls.items():
         spent = 0.0
@@ -63,25 +72,35 @@ def interleave(
             spent = measure(call, 1)[SECONDS]
         repeats[name] = max(1, math.ceil(SPAN / spent)) if spent else 1
 
+    def sample(name: str) -> Sample:
+        gc.collect()
+        gc.disable()
+        try:
+            return measure(calls[name], repeats[name])
+        finally:
+            gc.enable()
+
     order, rng = list(calls), random.Random(seed)
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    found: dict[str, list[tuple[Sample, Sample | None]]] = {name: [] for name in calls}
     gc.collect()
-    gc.freeze()  # what lives now lives on: a collection between rounds need not look at it
+    gc.freeze()  # what lives now lives on: a collection between calls need not look at it
     began = time.perf_counter()
-    try:
-        for done in range(rounds):
-            if done >= least and time.perf_counter() - began > seconds:
-                break
-            rng.shuffle(order)
-            for name in order:
-                gc.collect()
-                gc.disable()
-                samples[name].append(measure(calls[name], repeats[name]))
-                gc.enable()
-    finally:
-        gc.enable()
-        gc.unfreeze()
-    return samples
+    for done in range(rounds):
+        if done >= least and time.perf_counter() - began > seconds:
+            break
+        rng.shuffle(order)
+        own: dict[str, Sample] = {}
+        other: dict[str, Sample] = {}
+        for name in order:
+            base = bases.get(name, name)
+            pair = [name, base] if beside and base != name and base in calls else [name]
+            rng.shuffle(pair)
+            for each in pair:
+                (own if each == name else other)[name] = sample(each)
+        for name in order:
+            found[name].append((own[name], other.get(name) or own.get(bases.get(name, name))))
+    gc.unfreeze()
+    return found
 
 
 def measure(call: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -108,17 +127,17 @@ def ratios(samples: Sequence[float], base: Sequence[float]) -> list[float]:
 
 def compare(contenders: Mapping[str, Contender], base: str, **settings: Any) -> dict[str, Any]:
     """Measure contenders and return, as JSON types, the summary of each metric and of its ratio to the base's."""
-    samples = interleave({name: each.run for name, each in contenders.items()}, **settings)
+    calls = {name: contender.run for name, contender in contenders.items()}
+    bases = {name: contender.base or base for name, contender in contenders.items()}
+    samples = interleave(calls, bases, **settings)
     found: dict[str, Any] = {}
     for name, contender in contenders.items():
-        other = contender.base or base
-        metrics = {key: [sample[key] for sample in samples[name]] for key in samples[name][0]}
-        found[name] = {"base": other, "metrics": {key: summary(values) for key, values in metrics.items()}}
-        if other in samples:
+        metrics = {key: [own[key] for own, _ in samples[name]] for key in samples[name][0][0]}
+        found[name] = {"base": bases[name], "metrics": {key: summary(values) for key, values in metrics.items()}}
+        if bases[name] in samples:
+            others = {key: [other.get(key, 0.0) for _, other in samples[name] if other] for key in metrics}
             found[name]["ratios"] = {
-                key: summary(ratios(values, others))
-                for key, values in metrics.items()
-                if all(others := [sample.get(key, 0.0) for sample in samples[other]])
+                key: summary(ratios(values, others[key])) for key, values in metrics.items() if all(others[key])
             }
         if contender.memory is not None:
             found[name]["memory"] = contender.memory

@@ -35,8 +35,9 @@ def measure(case: Case, *, quick: bool) -> dict[str, Any]:
     contenders, skipped = make(case.build(False))
     if not contenders:
         return {"base": case.base, "rounds": 0, "contenders": {}, "skipped": skipped}
-    rounds, seconds, least = (5, 1.5, 3) if quick else (case.rounds, case.seconds, case.least)
-    result = compare(contenders, case.base, rounds=rounds, seconds=seconds, least=least, warmup=case.warmup)
+    rounds, seconds, least = (9, 2.0, 3) if quick else (case.rounds, case.seconds, case.least)
+    settings = {"rounds": rounds, "seconds": seconds, "least": least, "warmup": case.warmup, "beside": case.beside}
+    result = compare(contenders, case.base, **settings)
     return result | {"skipped": skipped}
 
 

@@ -139,6 +139,7 @@ CASES = (
         lambda tiny: contenders(MLP((16, 10)), (4, 128)) if tiny else contenders(MLP(), (256, 784)),
         quick=True,
         rounds=60,
+        beside=True,
         seconds=6,
     ),
     Case(
@@ -146,8 +147,9 @@ CASES = (
         "float",
         lambda tiny: contenders(CNN((4, 4, 4)), (2, 8, 8, 1)) if tiny else contenders(CNN(), (64, 28, 28, 1)),
         rounds=60,
+        beside=True,
         seconds=10,
     ),
-    Case("inference/decode", "float", linear(4096, 1), quick=True, rounds=60, seconds=6),
-    Case("inference/matmul", "float", linear(4096, 4096), rounds=60, seconds=8),
+    Case("inference/decode", "float", linear(4096, 1), quick=True, rounds=60, seconds=6, beside=True),
+    Case("inference/matmul", "float", linear(4096, 4096), rounds=60, seconds=8, beside=True),
 )

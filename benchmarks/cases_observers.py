@@ -79,7 +79,7 @@ def case(granularity: str, size: str, *, quick: bool = False) -> Case:
     def build(tiny: bool) -> Mapping[str, Maker]:
         return contenders(granularity, (16, 64) if tiny else SIZES[size])
 
-    return Case(f"observers/{granularity}/{size}", "min_max", build, quick=quick, rounds=15, seconds=8)
+    return Case(f"observers/{granularity}/{size}", "min_max", build, quick=quick, rounds=25, seconds=8, beside=True)
 
 
 CASES = (case("per_tensor", "1M"), case("per_tensor", "16M", quick=True), case("channel_first", "16M"))

@@ -229,8 +229,9 @@ def case(kind: str, dtype: str, size: str, allocator: str = "steady") -> Case:
         allocator=allocator,
         quick=(dtype, size, allocator) == ("f32", "16M", "steady"),
         rounds=25,
-        seconds=6 if large else 3,
+        seconds=7 if large else 4,
         least=3 if large else 5,
+        beside=True,
     )
 
 

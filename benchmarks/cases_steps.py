@@ -162,7 +162,14 @@ def contenders(name: str, tiny: bool) -> Mapping[str, Maker]:
 
 def case(name: str, *, quick: bool, seconds: float) -> Case:
     return Case(
-        f"steps/{name}", "float", lambda tiny: contenders(name, tiny), quick=quick, rounds=60, least=10, seconds=seconds
+        f"steps/{name}",
+        "float",
+        lambda tiny: contenders(name, tiny),
+        quick=quick,
+        rounds=60,
+        least=10,
+        seconds=seconds,
+        beside=True,
     )
 
 

@@ -40,6 +40,28 @@ def test_rounds_end_when_the_time_is_up_but_not_before_the_least():
     assert len(interleave({"a": lambda: None}, rounds=100, seconds=0.0, least=3)["a"]) == 3
 
 
+def test_a_base_beside_is_measured_right_before_or_after():
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        return Parts({"seconds": float(len(calls))})
+
+    samples = interleave(
+        {name: lambda name=name: call(name) for name in "abc"},
+        {"a": "a", "b": "a", "c": "missing"},
+        rounds=8,
+        seconds=1e9,
+        warmup=1,
+        beside=True,
+    )
+    assert len(calls) == 3 + 8 * 4  # a twice in each round: for itself, and beside b
+    differences = {own["seconds"] - other["seconds"] for own, other in samples["b"]}
+    assert differences == {-1.0, 1.0}
+    assert all(own is other for own, other in samples["a"])
+    assert all(other is None for _, other in samples["c"])
+
+
 def test_a_comparison_names_the_base_of_each_contender():
     def runs(*values):
         left = iter(values)
