@@ -13,6 +13,7 @@ from qjax._arithmetic import divide, unfused
 from qjax._codes import code_of, value_of
 from qjax._conventions import POWER_OF_TWO_RULES, SMALLEST_NORMAL, TORCH_EPS, ScaleRule
 from qjax._formats import Codebook, Float, Format, Int, e4m3
+from qjax._reduce import amax as largest_of
 from qjax._rounding import round_half_even
 from qjax._spec import QuantSpec
 
@@ -152,7 +153,9 @@ def block_scale(amax: jax.Array, number_format: Format, rule: ScaleRule) -> tupl
     wanted = divide(amax, largest)
     if rule == "nvfp4":
         limit = jnp.float32(e4m3.quant_max) * largest
-        tensor_scale = divide(jnp.max(amax, initial=0.0), limit)
+        # Not jnp.max, which overlooks a NaN among many on a CPU.
+        top = largest_of(amax, tuple(range(amax.ndim))) if amax.size else jnp.float32(0)
+        tensor_scale = divide(top, limit)
         tensor_scale = jnp.where(tensor_scale == 0, jnp.float32(1), tensor_scale)
         wanted = divide(wanted, tensor_scale)
     codes, _ = code_of(jnp.maximum(wanted, jnp.float32(_E4M3_SMALLEST)), e4m3)

@@ -23,6 +23,7 @@ from qjax._formats import Codebook, Float, Int, e4m3
 from qjax._granularity import PerBlock, PerGroup
 from qjax._qparams import QParams
 from qjax._quantize import QTensor
+from qjax._reduce import amax
 from qjax._scale_rules import block_scale
 from qjax._spec import QuantSpec
 from qjax.kernels import _exact
@@ -206,8 +207,8 @@ def _run(
     size = _block_size(spec)
     assert size is not None
     if spec.effective_scale_rule == "nvfp4" and tensor_scale is None:
-        amax = lax.reduce_max(jnp.abs(x), tuple(range(x.ndim))).astype(jnp.float32)
-        _, tensor_scale = block_scale(amax, spec.format, "nvfp4")
+        largest = amax(x, tuple(range(x.ndim))).astype(jnp.float32)
+        _, tensor_scale = block_scale(largest, spec.format, "nvfp4")
     level = jnp.ones((1, 1), jnp.float32) if tensor_scale is None else tensor_scale.reshape(1, 1)
 
     width, rows = (size, _GPU_ROWS) if platform == "gpu" else (_LANES * size, _TPU_ROWS)
@@ -244,8 +245,8 @@ def _gpu_kernel(
 ) -> None:
     del size  # a row is a block
     x = _exact.flush(x_ref[...].astype(jnp.float32))
-    amax = jnp.max(_exact.magnitude_bits(x), axis=1, keepdims=True)
-    scale, out = _quantize(x, amax, level_ref[...], inverse_ref[...], spec, values)
+    top = jnp.max(_exact.magnitude_bits(x), axis=1, keepdims=True)
+    scale, out = _quantize(x, top, level_ref[...], inverse_ref[...], spec, values)
     out_ref[...] = out.astype(out_ref.dtype)
     scale_ref[...] = _scale_of(scale, spec)
 
@@ -262,8 +263,8 @@ def _tpu_kernel(
     values: bool,
 ) -> None:
     x = _exact.flush(x_ref[...].astype(jnp.float32))
-    amax = _max_of_neighbours(_exact.magnitude_bits(x), size)
-    scale, out = _quantize(x, amax, level_ref[...], inverse_ref[...], spec, values)
+    top = _max_of_neighbours(_exact.magnitude_bits(x), size)
+    scale, out = _quantize(x, top, level_ref[...], inverse_ref[...], spec, values)
     out_ref[...] = out.astype(out_ref.dtype)
     # 8 bits at most, so that bfloat16 has them exactly, and a sum with zeros keeps them so.
     lanes, blocks = x.shape[1], x.shape[1] // size
@@ -290,27 +291,27 @@ def _max_of_neighbours(bits: jax.Array, size: int) -> jax.Array:
 
 
 def _quantize(
-    x: jax.Array, amax: jax.Array, level: jax.Array, inverse: jax.Array, spec: QuantSpec, values: bool
+    x: jax.Array, top: jax.Array, level: jax.Array, inverse: jax.Array, spec: QuantSpec, values: bool
 ) -> tuple[jax.Array, jax.Array]:
     """What the scale is stored as, exponent field or E4M3 code, in int32; and the codes, or the reals that they stand for."""
-    amax = _exact.float_of(amax)
+    top = _exact.float_of(top)
     if spec.effective_scale_rule in POWER_OF_TWO_RULES:
-        field = _exact.bits_of(block_scale(amax, spec.format, spec.effective_scale_rule)[0]) >> 23
+        field = _exact.bits_of(block_scale(top, spec.format, spec.effective_scale_rule)[0]) >> 23
         scale = step = _scale_of(field, spec)
         scaled = x * _exact.inverse_of_power_of_two(scale)
         # Of a block with NaN all numbers are NaN, with the sign of their own where they are it themselves.
         spoilt = jnp.where(_exact.is_nan(x), x, _exact.float_of(jnp.full(x.shape, _NAN, jnp.int32)))
         scaled = jnp.where(_exact.is_nan(scale), spoilt, scaled)
     else:
-        tensor_scale = jnp.broadcast_to(level, amax.shape)
-        wanted = _exact.divide(amax, jnp.full(amax.shape, spec.format.quant_max, jnp.float32))
+        tensor_scale = jnp.broadcast_to(level, top.shape)
+        wanted = _exact.divide(top, jnp.full(top.shape, spec.format.quant_max, jnp.float32))
         wanted = _exact.divide(wanted, tensor_scale)
         least = jnp.float32(e4m3.smallest_normal)
         wanted = jnp.where(_exact.is_nan(wanted), wanted, jnp.maximum(wanted, least))
         field = _exact.code_of(wanted, e4m3)
         scale = _scale_of(field, spec)
         step = scale * tensor_scale
-        scaled = x * _exact.divide(jnp.broadcast_to(inverse, amax.shape), scale)
+        scaled = x * _exact.divide(jnp.broadcast_to(inverse, top.shape), scale)
     if isinstance(spec.format, Int):
         codes = _exact.clamp(_exact.unclamped_codes(_exact.round_half_even(scaled), None, spec), spec)
     else:

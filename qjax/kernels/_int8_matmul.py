@@ -19,6 +19,7 @@ from qjax._arithmetic import unfused
 from qjax._granularity import PerChannel, PerTensor, PerToken
 from qjax._qparams import QParams, choose_qparams
 from qjax._quantize import QTensor
+from qjax._reduce import min_max
 from qjax._spec import QuantSpec
 from qjax.kernels import _exact
 from qjax.kernels._support import (
@@ -163,8 +164,8 @@ def _run(
     from jax.experimental import pallas as pl
 
     if qparams is None:
-        low, high = (reduce(x.astype(jnp.float32), axis=-1) for reduce in (jnp.min, jnp.max))
-        qparams = choose_qparams(low, high, spec)
+        low, high = min_max(x, (x.ndim - 1,))
+        qparams = choose_qparams(low.astype(jnp.float32), high.astype(jnp.float32), spec)
     shape = (*x.shape[:-1], weight.codes.shape[1])
     x = x.reshape(-1, x.shape[-1])
     m, n = x.shape[0], shape[-1]

@@ -255,3 +255,13 @@ def test_a_global_scale_divides_as_in_compressed_tensors(way, rng):
             np.testing.assert_array_equal(np.asarray(ours), wanted)  # their zeros lose the sign
     with pytest.raises(ValueError, match=r"global_scale has shape \(1,\), expected \(\)"):
         qjax.quantize(x, qjax.QParams(scale, jnp.zeros(scale.shape, jnp.int32), global_scale=jnp.ones(1)), spec)
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (1024, 1024)])
+def test_a_nan_spoils_the_scale_of_the_tensor(shape):
+    """torch.max propagates it; jnp.max of many numbers does not on a CPU."""
+    x = jnp.ones(shape).at[2, 20].set(jnp.nan)
+    observer = qjax.observers.dynamic(qjax.nvfp4)
+    qparams = observer.qparams(observer.update(observer.init(x), x))
+    assert bool(jnp.isnan(qparams.tensor_scale))
+    assert bool(jnp.isnan(qparams.scale).all())
