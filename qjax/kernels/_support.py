@@ -6,6 +6,7 @@ kernels that nobody calls.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -65,7 +66,9 @@ def supports(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Support:
     if kernel not in _PREDICATES:
         names = ", ".join(sorted(each.__name__ for each in _PREDICATES))
         raise TypeError(f"supports: expected a kernel of qjax.kernels ({names}), got {kernel!r}.")
-    platform, _ = where_to_run(kwargs.get("platform"), True, "supports")
+    platform = _platform(kwargs.get("platform"), "supports")
+    if not (backend := has_backend(platform)):
+        return backend
     return _PREDICATES[kernel](*args, **{**kwargs, "platform": platform})
 
 
@@ -79,12 +82,28 @@ def require(support: Support, caller: str) -> None:
 
 def where_to_run(platform: Platform | None, interpret: bool | None, caller: str) -> tuple[Platform, bool]:
     """The platform whose kernel is meant, that of JAX's default backend unless it is given, and whether to interpret it."""
+    chosen = _platform(platform, caller)
+    require(has_backend(chosen), caller)
+    return chosen, chosen != _here() if interpret is None else interpret
+
+
+def _platform(platform: Platform | None, caller: str) -> Platform:
     if platform not in (None, "gpu", "tpu"):
         raise ValueError(f"{caller}: platform must be 'gpu', 'tpu' or None, got {platform!r}.")
-    here = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(jax.default_backend())
-    if interpret is None:
-        interpret = here is None if platform is None else here != platform
-    return platform or ("tpu" if here == "tpu" else "gpu"), interpret
+    return platform or _here() or "gpu"
+
+
+def _here() -> Platform | None:
+    backend = jax.default_backend()
+    return "tpu" if backend == "tpu" else "gpu" if backend in ("gpu", "cuda", "rocm") else None
+
+
+def has_backend(platform: Platform) -> Support:
+    """Whether this JAX has the compiler that the kernels of a platform are written for; Triton's is on its way out."""
+    name = "triton" if platform == "gpu" else "tpu"
+    if importlib.util.find_spec(f"jax.experimental.pallas.{name}") is None:
+        return Support(False, f"JAX {jax.__version__} has no jax.experimental.pallas.{name}")
+    return YES
 
 
 def has_int8_products(platform: Platform) -> bool:

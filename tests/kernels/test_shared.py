@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -67,3 +68,11 @@ def test_pallas_is_imported_where_it_is_used():
     for file in Path(kernels.__file__).parent.glob("*.py"):
         for node in ast.parse(file.read_bytes()).body:
             assert "pallas" not in ast.dump(node) or not isinstance(node, ast.Import | ast.ImportFrom), file
+
+
+def test_a_jax_without_the_backend_is_a_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    x = jnp.ones((2, 32))
+    assert "has no jax.experimental.pallas.triton" in kernels.supports(kernels.histogram, x, platform="gpu").reason
+    with pytest.raises(ValueError, match=r"not supported here: JAX .* has no jax\.experimental\.pallas\.tpu"):
+        kernels.histogram(x, platform="tpu")
