@@ -72,7 +72,7 @@ def packed_matmul(
       packed: uint8, (K / 2, N): `qjax.pack(codes, 4, order="low_first", axis=0, encoding=...)` of codes (K, N).
       qparams: Scale, and zero_point of an affine spec, (N,) or (K / size, N); tensor_scale for NVFP4.
       spec: `Int(4)`, `Int(4, signed=False)` or e2m1, of granularity `PerChannel(-1)` or `PerGroup(0, size)`, size a power of
-        two from 32 on (16 for NVFP4).
+        two from 32 (64 on a TPU; 16 for NVFP4) to 256.
       dtype: Of the result; that of x unless given.
       platform: "gpu" or "tpu": whose kernel; None takes that of JAX's default backend, "gpu" on a CPU.
       interpret: Whether to evaluate the kernel as plain JAX; None does where the platform is not at hand.
@@ -134,8 +134,10 @@ def _supports(
     size = _group(spec)
     if size is None:
         return Support(False, f"granularity must be PerChannel(-1) or PerGroup(0, size), got {spec.granularity}")
-    if size and (not is_power_of_two(size) or not (16 if _in_weight(spec) else 32) <= size <= 1024):
-        return Support(False, f"groups must be a power of two from 32 to 1024 (16 for scales of 8 bits), got {size}")
+    if size and (not is_power_of_two(size) or not (16 if _in_weight(spec) else 32) <= size <= 256):
+        return Support(False, f"groups must be a power of two from 32 to 256 (16 for scales of 8 bits), got {size}")
+    if platform == "tpu" and 0 < size < 64 and not _in_weight(spec):
+        return Support(False, f"a TPU has tiles of 32 rows of bytes, and groups are from 64 to 256 there, got {size}")
     if size and x.shape[-1] % size:
         return Support(False, f"groups of {size} must divide K, got {x.shape[-1]}")
     wanted = (x.shape[-1] // size, packed.shape[1]) if size else (packed.shape[1],)
@@ -180,7 +182,10 @@ def _run(
     size, in_weight = _group(spec), _in_weight(spec)
     assert size is not None
     m, n = x.shape[0], packed.shape[1]
-    if m <= _DECODE_ROWS:
+    if platform == "gpu" and x.dtype == jnp.float32:
+        # Not on the tensor cores: each thread has its products to itself, and registers for few of them.
+        bm, bn, bk = (_DECODE_ROWS if m <= _DECODE_ROWS else 32), 32, 32
+    elif m <= _DECODE_ROWS:
         bm, bn, bk = _DECODE_ROWS, (32 if platform == "gpu" else 512), 256
     elif platform == "gpu":
         # Sums of a group are held beside the whole ones: of 128 rows they would not fit the registers.

@@ -130,6 +130,7 @@ def test_reasons(rng):
     assert "must be uint8" in reason(packed=packed.astype(jnp.int8))
     assert "PerChannel(-1) or" in reason(spec=INT4.replace(granularity=qjax.PerChannel(0)))
     assert "power of two" in reason(spec=INT4.replace(granularity=qjax.PerGroup(0, 16)))
+    assert "32 rows" in reason(spec=INT4.replace(granularity=qjax.PerGroup(0, 32)), platform="tpu")
     assert "scale must have shape (2, 8)" in reason(spec=INT4.replace(granularity=qjax.PerGroup(0, 32)))
     assert "division" in reason(qparams=qjax.QParams(*qparams, amax=qparams.scale))
     assert "must have elements" in reason(x=jnp.ones((0, 64)))

@@ -13,7 +13,7 @@ import pytest
 import qjax
 from qjax import kernels
 
-INT4 = qjax.QuantSpec(qjax.int4, symmetric=True, granularity=qjax.PerGroup(0, 32))
+MXFP4 = qjax.mxfp4.replace(granularity=qjax.PerGroup(0, 32))
 UINT8 = qjax.QuantSpec(qjax.uint8)
 WEIGHT = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(-1))
 
@@ -21,7 +21,7 @@ WEIGHT = qjax.QuantSpec(qjax.int8, symmetric=True, granularity=qjax.PerChannel(-
 def calls(rng):
     """Each kernel by name as a function of x, (40, 160), and of how to run it."""
     packed = jnp.asarray(rng.integers(0, 256, (80, 70)), jnp.uint8)
-    groups = qjax.QParams(jnp.asarray(rng.uniform(0.1, 1, (5, 70)), jnp.float32), jnp.zeros((5, 70), jnp.int32))
+    groups = qjax.QParams(jnp.ones((5, 70)), jnp.zeros((5, 70), jnp.int32))
     codes = jnp.asarray(rng.integers(-128, 128, (160, 70)), jnp.int8)
     weight = qjax.QTensor(codes, jnp.ones(70), jnp.zeros(70, jnp.int32), WEIGHT)
     one, key = qjax.QParams(jnp.float32(0.02), jnp.int32(128)), jax.random.key(0)
@@ -29,7 +29,7 @@ def calls(rng):
     return {
         "quantize_blocks": lambda x, **how: kernels.quantize_blocks(x, qjax.nvfp4, **how),
         "fake_quantize_blocks": lambda x, **how: kernels.fake_quantize_blocks(x, qjax.mxfp4, **how),
-        "packed_matmul": lambda x, **how: kernels.packed_matmul(x, packed, groups, INT4, **how),
+        "packed_matmul": lambda x, **how: kernels.packed_matmul(x, packed, groups, MXFP4, **how),
         "int8_matmul": lambda x, **how: kernels.int8_matmul(x, weight, one, UINT8, **how),
         "observe_quantize": lambda x, **how: kernels.observe_quantize(x, one, UINT8, **how),
         "quantize_stochastic": lambda x, **how: kernels.quantize_stochastic(x, one, stochastic, key=key, **how),
