@@ -1,10 +1,12 @@
 """The page is made from results alone."""
 
 import json
+import re
 
 import pytest
 
 from benchmarks import _reach, _render
+from benchmarks.__main__ import RESULTS
 
 WHERE = {
     "versions": {"python": "3.11", "jax": "0.10.2", "torch": None},
@@ -110,6 +112,14 @@ def test_what_was_missed_is_listed_with_the_reason_that_was_written_down(tmp_pat
 def test_each_reason_is_about_a_measure():
     keys = {line.removeprefix("## ") for line in _render.REASONS.read_text().splitlines() if line.startswith("## ")}
     assert keys <= {measure.key for measure in _reach.MEASURES}
+
+
+def test_the_page_in_docs_is_up_to_date():
+    files = _render.read(sorted(RESULTS.glob("*.json")))
+    written = _render.PAGE.read_text(encoding="utf-8")
+    assert written == _render.page(files), "docs/benchmarks.md is out of date: run `python -m benchmarks render`"
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", written):
+        assert (_render.PAGE.parent / name).is_file()
 
 
 def test_plots_are_drawn_from_what_there_is(tmp_path):
