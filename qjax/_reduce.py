@@ -1,7 +1,8 @@
 """The smallest and the largest of many numbers at the speed of memory.
 
 On GPU and TPU XLA makes `jnp.min(x), jnp.max(x)` one pass over x. On CPU it makes two of them, and those of bfloat16 and of
-few channels are slow. One `lax.reduce` of a pair is one pass, and vectorized where
+few channels are slow; and the kernels that it calls there for a few thousand numbers and more (YNNPACK, in JAX 0.10 and 0.12)
+lose a NaN, depending on where it is. One `lax.reduce` of a pair is one pass, and vectorized where
 
 - the numbers are integers: a comparison of floats has to mind NaN, and one of bfloat16 goes by float32. Floats ordered by
   their bits have that order as integers, with NaN of either sign at the ends and -0 before +0;
@@ -35,8 +36,8 @@ _TINY, _SMALL, _LARGE = 2**12, 2**16, 2**18  # numbers: any order will do; two p
 Step = tuple[tuple[int, ...], tuple[int, ...]]  # the shape to give to an array, and the axes to reduce then
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def min_max(x: jax.Array, axis: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("axis", "finite"))
+def min_max(x: jax.Array, axis: tuple[int, ...], *, finite: bool = False) -> tuple[jax.Array, jax.Array]:
     """Return the smallest and the largest value over some axes; both NaN where there is one.
 
     -0 is smaller than +0, and denormals of float32 and bfloat16 count as zeros. No gradient flows.
@@ -44,6 +45,7 @@ def min_max(x: jax.Array, axis: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     Args:
       x: Floating point, any shape.
       axis: The axes to reduce, none of them negative.
+      finite: Leave out NaN and infinities; (inf, -inf) where there is nothing else.
 
     Returns:
       Two arrays of the dtype of x, without these axes.
@@ -52,10 +54,19 @@ def min_max(x: jax.Array, axis: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
       ValueError: x has no elements.
     """
     x = lax.stop_gradient(x)
-    steps = _plan(x.shape, axis, 8 // x.dtype.itemsize) if _is_fast(x) else None
-    if steps is None:
-        return jnp.min(x, axis=axis), jnp.max(x, axis=axis)
+    if jax.default_backend() != "cpu" or x.dtype not in _KEYS:
+        low = high = x
+        if finite:
+            low, high = (jnp.where(jnp.isfinite(x), x, jnp.asarray(end, x.dtype)) for end in (jnp.inf, -jnp.inf))
+        return jnp.min(low, axis=axis), jnp.max(high, axis=axis)
     low = high = _ordered(x)
+    if finite:
+        infinity = _ordered(jnp.asarray(jnp.inf, x.dtype))
+        is_finite = (low < infinity) & (low > ~infinity)  # the order of -x is that of x with each bit inverted
+        low, high = (jnp.where(is_finite, low, end) for end in (infinity, ~infinity))
+    steps = None if _is_sharded(x) else _plan(x.shape, axis, 8 // x.dtype.itemsize)
+    if steps is None:
+        return _unordered(jnp.min(low, axis=axis), jnp.max(high, axis=axis), x.dtype)
     top = jnp.iinfo(low.dtype)
     first = (jnp.asarray(top.max, low.dtype), jnp.asarray(top.min, low.dtype))
     for shape, over in steps:
@@ -76,11 +87,9 @@ def _wider(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tu
     return lax.min(a[0], b[0]), lax.max(a[1], b[1])
 
 
-def _is_fast(x: jax.Array) -> bool:
-    """Whether the steps pay and are known to be allowed: an array that is sharded explicitly cannot be reshaped at will."""
-    if jax.default_backend() != "cpu" or x.dtype not in _KEYS:
-        return False
-    return all(names is None for names in getattr(jax.typeof(x).sharding, "spec", ()))
+def _is_sharded(x: jax.Array) -> bool:
+    """Whether x is sharded explicitly: then it cannot be reshaped at will."""
+    return any(names is not None for names in getattr(jax.typeof(x).sharding, "spec", ()))
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -98,7 +107,7 @@ def _flip(bits: jax.Array) -> jax.Array:
 def _unordered(low: jax.Array, high: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """The floats of such integers."""
     infinity = _ordered(jnp.asarray(jnp.inf, dtype))
-    is_nan = (high > infinity) | (low < ~infinity)  # the order of -x is that of x, each bit inverted
+    is_nan = (high > infinity) | (low < ~infinity)
 
     def real(key: jax.Array) -> jax.Array:
         value = lax.bitcast_convert_type(_flip(key), dtype)

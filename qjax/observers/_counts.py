@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from jax.typing import ArrayLike
 
 from qjax._arithmetic import divide
 from qjax._granularity import gather
+from qjax._reduce import min_max
 from qjax.observers._base import Observer, channels, check_mergeable, check_same_channels
+from qjax.observers._bin_counts import bin_counts
 from qjax.observers._float64 import float64, pick, power_of_two, sums_before, unfused
 
 MAX_COUNT = 2**31 - 1
@@ -104,33 +107,52 @@ def merge(a: CountState, b: CountState) -> CountState:
     return CountState(counts, exponent, jnp.minimum(a.min_val, b.min_val), jnp.maximum(a.max_val, b.max_val))
 
 
+@functools.partial(jax.jit, static_argnames="bins")
 def count(values: jax.Array, bins: int) -> CountState:
     """The state that has seen float32 values of shape `(*statistic, n)`.
 
-    All is read from the bits of the floats: nothing is rounded, and it does not matter whether a backend keeps denormals.
+    Bins are read from the bits of the floats: nothing is rounded, and it does not matter whether a backend keeps denormals.
     """
-    shape, half = values.shape[:-1], bins // 2
+    half = bins // 2
+    low, high = (_unsigned_zero(end) for end in min_max(values, (values.ndim - 1,), finite=True))
+    field, _ = _fields(jnp.maximum(-low, high))
+    exponent = jnp.maximum(_above(field) - (half.bit_length() - 1), MIN_EXPONENT)
+
+    def bin_of(values: jax.Array, exponent: jax.Array) -> jax.Array:
+        """The bin of each value; `bins` for what is not counted."""
+        field, bits = _fields(values)
+        normal = (field > 0) & (field < _SPECIAL)
+        significand = lax.convert_element_type(bits & 0x7FFFFF | 0x800000, jnp.int32)
+        shift = exponent + _FRACTION_BITS + 1 - _above(field)
+        index = jnp.where(normal, significand >> jnp.clip(shift, 0, 31), 0)
+        index = jnp.where(normal & (bits >> 31 == 1), half - 1 - index, half + index)
+        return jnp.where(field < _SPECIAL, index, bins)
+
+    if exponent.size == 1:
+        counts = bin_counts(lambda part: bin_of(part, exponent.reshape(())), values.reshape(-1), bins)
+    else:
+        # One long row of counts for all statistics; what is not counted lies beyond its end.
+        index = bin_of(values, exponent[..., None])
+        rows = jnp.arange(exponent.size, dtype=jnp.int32).reshape(*exponent.shape, 1) * bins
+        index = jnp.where(index < bins, rows + index, exponent.size * bins)
+        counts = bin_counts(lambda part: part, index.reshape(-1), exponent.size * bins)
+    return CountState(counts.reshape(*exponent.shape, bins), exponent, low, high)
+
+
+def _fields(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The biased exponents of floats as int32, and their bits as uint32."""
     bits = lax.bitcast_convert_type(values, jnp.uint32)
-    field = lax.convert_element_type(bits >> _FRACTION_BITS, jnp.int32) & 0xFF
-    finite, normal = field < _SPECIAL, (field > 0) & (field < _SPECIAL)
-    above = jnp.where(normal, field - _BIAS + 1, MIN_EXPONENT)  # |value| < 2^above
-    exponent = jnp.maximum(jnp.max(above, axis=-1) - (half.bit_length() - 1), MIN_EXPONENT)
-    significand = lax.convert_element_type(bits & 0x7FFFFF | 0x800000, jnp.int32)
-    shift = exponent[..., None] + _FRACTION_BITS + 1 - above
-    index = jnp.where(normal, significand >> jnp.clip(shift, 0, 31), 0)
-    index = jnp.where(normal & (bits >> 31 == 1), half - 1 - index, half + index)
-    # One long row of counts for all statistics; what is not counted lies beyond its end.
-    rows = jnp.arange(exponent.size, dtype=jnp.int32).reshape(*shape, 1) * bins
-    index = jnp.where(finite, rows + index, exponent.size * bins)
-    counts = jnp.zeros((exponent.size * bins,), jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
-    # A zero has no sign here: which of two is the smaller would depend on the order.
-    kept = jnp.where(normal, values, jnp.float32(0))
-    return CountState(
-        counts.reshape(*shape, bins),
-        exponent,
-        jnp.min(jnp.where(finite, kept, jnp.float32(jnp.inf)), axis=-1),
-        jnp.max(jnp.where(finite, kept, jnp.float32(-jnp.inf)), axis=-1),
-    )
+    return lax.convert_element_type(bits >> _FRACTION_BITS, jnp.int32) & 0xFF, bits
+
+
+def _above(field: jax.Array) -> jax.Array:
+    """The smallest exponent with |value| < 2^exponent; the least where the value is zero, denormal or not finite."""
+    return jnp.where((field > 0) & (field < _SPECIAL), field - _BIAS + 1, MIN_EXPONENT)
+
+
+def _unsigned_zero(x: jax.Array) -> jax.Array:
+    """A zero has no sign here: which of two is the smaller would depend on the order."""
+    return jnp.where(x == 0, jnp.float32(0), x)
 
 
 def _saturating_add(a: jax.Array, b: jax.Array) -> jax.Array:

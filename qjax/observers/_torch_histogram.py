@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,10 @@ from qjax._arithmetic import divide, unfused
 from qjax._formats import Int
 from qjax._granularity import PerTensor
 from qjax._qparams import QParams
+from qjax._reduce import min_max
 from qjax._spec import QuantSpec
 from qjax.observers._base import Observer, check_mergeable, qparams_of_range
+from qjax.observers._bin_counts import bin_counts
 from qjax.observers._torch_arithmetic import cascade_sum, linspace
 from qjax.observers._torch_search import search_range
 
@@ -74,11 +77,9 @@ class Histogram(Observer):
             )
         if x.size == 0:
             return state
-        x = x.astype(jnp.float32).reshape(-1)
         # torch leaves out infinities; it raises an error for NaN, which is left out here.
-        finite = jnp.isfinite(x)
-        low = _unsigned_zero(jnp.min(jnp.where(finite, x, jnp.float32(jnp.inf))))
-        high = _unsigned_zero(jnp.max(jnp.where(finite, x, jnp.float32(-jnp.inf))))
+        ends = min_max(x, tuple(range(x.ndim)), finite=True)
+        low, high = (_unsigned_zero(end.astype(jnp.float32)) for end in ends)
         low, high = jnp.minimum(state.min_val, low), jnp.maximum(state.max_val, high)
         counts = _count(x, low, high, self.bins)
         moved = _move(state, low, high)
@@ -140,9 +141,12 @@ def _bin_of(x: jax.Array, low: jax.Array, high: jax.Array, bins: int) -> jax.Arr
     return jnp.where(jnp.isfinite(x) & jnp.isfinite(width), index, bins)
 
 
+@functools.partial(jax.jit, static_argnames="bins")
 def _count(x: jax.Array, low: jax.Array, high: jax.Array, bins: int) -> jax.Array:
-    index = _bin_of(x, low, high, bins)
-    return jnp.zeros((bins,), jnp.int32).at[index].add(1, mode="drop").astype(jnp.float32)
+    def bin_of(part: jax.Array) -> jax.Array:
+        return _bin_of(part.astype(jnp.float32), low, high, bins)
+
+    return bin_counts(bin_of, x.reshape(-1), bins).astype(jnp.float32)
 
 
 @jax.jit

@@ -98,6 +98,15 @@ def test_special_values(shape, axes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(("shape", "axes"), [((20000,), (0,)), ((1028, 257), (0,)), ((4, 8192), (1,))])
+def test_a_nan_is_found_wherever_it_is(shape, axes, dtype):
+    for place in (0, 3, 1000, -1):
+        x = jnp.ones(shape, dtype).reshape(-1).at[place].set(jnp.nan).reshape(shape)
+        for found in (*min_max(x, axes), amax(x, axes)):
+            assert np.isnan(as_float64(found)).sum() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_denormals_are_zeros_but_those_of_float16(dtype):
     smallest = jnp.finfo(dtype).smallest_subnormal
     bits = {4: np.int32, 2: np.int16}[jnp.dtype(dtype).itemsize]

@@ -28,8 +28,8 @@ MUTANTS = (
     ),
     count(
         name="count/twice-the-grid",
-        old="above = jnp.where(normal, field - _BIAS + 1, MIN_EXPONENT)",
-        new="above = jnp.where(normal, field - _BIAS + 2, MIN_EXPONENT)",
+        old="_above(field) - (half.bit_length() - 1)",
+        new="_above(field) - (half.bit_length() - 2)",
         flips="|x| < 2^(e+1) for an exponent e → 2^(e+2), and bins are twice as wide",
     ),
     count(
@@ -48,16 +48,24 @@ MUTANTS = (
     count(
         name="count/infinities",
         kind="special",
-        old="finite, normal = field < _SPECIAL,",
-        new="finite, normal = field <= _SPECIAL,",
-        flips="NaN and infinities are not counted → counted as zeros, and are the range",
+        old="jnp.where(field < _SPECIAL, index, bins)",
+        new="index",
+        flips="NaN and infinities are not counted → counted as zeros",
+    ),
+    count(
+        name="count/infinities-in-range",
+        kind="special",
+        old="finite=True",
+        new="finite=False",
+        flips="NaN and infinities are no part of the range → they are",
     ),
     count(
         name="count/signed-zero",
         kind="special",
-        old="kept = jnp.where(normal, values, jnp.float32(0))",
-        new="kept = values",
-        flips="a min_val of zero is +0 → the zero that came last",
+        within="_unsigned_zero",
+        old="jnp.where(x == 0, jnp.float32(0), x)",
+        new="x",
+        flips="a min_val of zero is +0 → -0 where there is one",
     ),
     merging(
         name="count_merge/finer-grid",
