@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax._granularity import PerTensor
+from qjax._reduce import min_max
 from qjax.estimators import Estimator
 from qjax.observers import Observer
 from qjax.observers._min_max import MinMax
@@ -60,8 +61,8 @@ def _merged(observer: Observer, state: Any, x: jax.Array, axes: tuple[str, ...])
     if not axes or x.size == 0:
         return observer.update(state, x)
     if isinstance(observer, MinMax | MovingAverageMinMax):
-        x = lax.stop_gradient(x)
-        return observer.update(state, jnp.stack([lax.pmin(jnp.min(x), axes), lax.pmax(jnp.max(x), axes)]))
+        low, high = min_max(x, tuple(range(x.ndim)))
+        return observer.update(state, jnp.stack([lax.pmin(low, axes), lax.pmax(high, axes)]))
     # Not lax.all_gather, whose result is of a type that varies; nor merge, which some observers only approximate.
     parts = jnp.zeros((lax.axis_size(axes), *x.shape), x.dtype).at[lax.axis_index(axes)].set(lax.stop_gradient(x))
     return observer.update(state, lax.psum(parts, axes))
