@@ -28,6 +28,14 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return unfused(numerator) / lax.optimization_barrier(denominator)
 
 
+def computed_once(x: jax.Array) -> jax.Array:
+    """Return x unchanged, in a form that XLA on a CPU does not compute again for each element that it is broadcast to.
+
+    Its fusion copies whatever is cheap into the loop over the elements, but no division; that by 1 is dropped in the end.
+    """
+    return lax.div(x, lax.optimization_barrier(jnp.ones(x.shape, x.dtype)))
+
+
 def unfused(product: jax.Array) -> jax.Array:
     """Return `product` unchanged, in a form that the compiler cannot merge with the operation that follows.
 

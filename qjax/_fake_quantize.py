@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from qjax._qparams import QParams
-from qjax._quantize import QTensor, dequantize, quantize_with_mask
+from qjax._quantize import dequantize_numbers, quantize_with_mask
 from qjax._spec import QuantSpec
 from qjax.estimators import straight_through
 
@@ -56,6 +56,6 @@ def fake_quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.A
       Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
     """
     x = jnp.asarray(x)
-    codes, in_range = quantize_with_mask(x, qparams, spec, key=key, caller="fake_quantize")
-    value = dequantize(QTensor.of(codes, qparams, spec), x.dtype)
+    numbers, in_range = quantize_with_mask(x, qparams, spec, key=key, caller="fake_quantize", numbers=True)
+    value = dequantize_numbers(numbers, qparams, spec, x.dtype)
     return straight_through(x, lax.stop_gradient(value), in_range)

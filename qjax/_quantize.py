@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from qjax._arithmetic import divide, fma, unfused
-from qjax._codes import code_of, round_to_dtype, value_of
+from qjax._codes import code_of, round_to_dtype, round_to_format, value_of
 from qjax._conventions import E4M3_RULES, MODELOPT_EPS, POWER_OF_TWO_RULES
 from qjax._formats import Int
 from qjax._granularity import expand
@@ -145,9 +145,19 @@ def quantize(x: ArrayLike, qparams: QParams, spec: QuantSpec, *, key: jax.Array 
 
 
 def quantize_with_mask(
-    x: ArrayLike, qparams: QParams, spec: QuantSpec, *, caller: str, key: jax.Array | None = None
+    x: ArrayLike,
+    qparams: QParams,
+    spec: QuantSpec,
+    *,
+    caller: str,
+    key: jax.Array | None = None,
+    numbers: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the codes, and where the gradient passes under the spec's mask."""
+    """Return the codes, and where the gradient passes under the spec's mask.
+
+    With `numbers`, return what the codes stand for, `QTensor.values()`, in their place: to make a code and to read it again
+    takes longer than to read x and to write the result.
+    """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{caller}: x must be floating point, got dtype {x.dtype}. Convert it first.")
@@ -161,7 +171,8 @@ def quantize_with_mask(
     bits = random_bits(key, x.shape, spec.rounding, caller)
     scaled = _scaled(x.astype(jnp.float32), qparams, spec, dtype, caller)
     if not isinstance(spec.format, Int):
-        codes, in_range = code_of(scaled, spec.format, spec.rounding, bits)
+        code = round_to_format if numbers else code_of
+        codes, in_range = code(scaled, spec.format, spec.rounding, bits)
         if spec.effective_mask == "before_rounding":
             in_range = _within_amax(x, qparams, spec, caller)
             if in_range is None:
@@ -170,7 +181,9 @@ def quantize_with_mask(
     zero_point = expand(point.astype(jnp.float32), spec.granularity, x.shape, caller)
     unclamped, before = _integer_codes(scaled, x, qparams, zero_point, bits, spec, dtype, caller)
     low, high = spec.clamp_limits
-    codes = jnp.clip(unclamped, low, high).astype(spec.format.storage_dtype)
+    codes = jnp.clip(unclamped, low, high)
+    # An integer has no -0.
+    codes = jnp.where(codes == 0, 0.0, codes) if numbers else codes.astype(spec.format.storage_dtype)
     low, high = spec.quant_min, spec.quant_max  # codes may saturate further out; the mask is that of torch's fake-quant
     match spec.effective_mask:
         case "after_rounding":
@@ -221,17 +234,21 @@ def _scaled(x: jax.Array, qparams: QParams, spec: QuantSpec, dtype: jnp.dtype, c
     scaling, scale, rule = spec.row.scaling, qparams.scale, spec.effective_scale_rule
     if qparams.global_scale is not None:
         return round_to_dtype(divide(x, expand(qparams.step, spec.granularity, x.shape, caller)), dtype)
+    # An inverse for each element where scales differ along a row: on a CPU, a division costs less than a second row to read.
     if qparams.tensor_scale is not None:
-        inv = divide(jnp.broadcast_to(1.0 / qparams.tensor_scale, scale.shape), scale)
+        inv = divide(1.0 / qparams.tensor_scale, expand(scale, spec.granularity, x.shape, caller))
     elif qparams.amax is not None:
-        inv = _inverse_of_amax(qparams.amax, spec)
+        inv = expand(_inverse_of_amax(qparams.amax, spec), spec.granularity, x.shape, caller)
     elif rule in POWER_OF_TWO_RULES or (scaling == "division" and rule not in E4M3_RULES):
         # By a power of two both are exact, but the inverse of 2^127 is a denormal, which XLA takes for zero.
         return round_to_dtype(divide(x, expand(scale, spec.granularity, x.shape, caller)), dtype)
     else:
+        scale = expand(scale, spec.granularity, x.shape, caller)
+        if dtype == jnp.float32 and scale.shape[-1:] != (1,) and scale.ndim:
+            scale = lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
         inv = round_to_dtype(1.0 / scale, dtype)
     # Whatever x was multiplied by before must not be multiplied by `inv` first.
-    return round_to_dtype(unfused(x) * expand(inv, spec.granularity, x.shape, caller), dtype)
+    return round_to_dtype(unfused(x) * inv, dtype)
 
 
 def _integer_codes(
@@ -309,28 +326,46 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"dequantize: dtype must be floating point, got {jnp.dtype(dtype)}.")
-    spec, shape = q.spec, q.codes.shape
-    step = dataclasses.replace(q.qparams, scale=jnp.asarray(q.scale).astype(jnp.float32)).step
-    scale = expand(step, spec.granularity, shape, "dequantize")
-    if not isinstance(spec.format, Int):
-        if q.amax is not None:
-            scale = expand(1.0 / _inverse_of_amax(q.amax, spec), spec.granularity, shape, "dequantize")
-        return (q.values() * scale).astype(dtype)
-    if spec.float_zero_point:
-        return _dequantize_float_zero_point(q, scale).astype(dtype)
-    zero_point = expand(jnp.asarray(q.zero_point).astype(jnp.int32), spec.granularity, shape, "dequantize")
+    spec = q.spec
+    if not isinstance(spec.format, Int) or spec.float_zero_point:
+        return dequantize_numbers(q.values(), q.qparams, spec, dtype)
+    zero_point = expand(jnp.asarray(q.zero_point).astype(jnp.int32), spec.granularity, q.codes.shape, "dequantize")
     difference = (jnp.asarray(q.codes).astype(jnp.int32) - zero_point).astype(jnp.float32)
-    if q.amax is not None:
-        inv = _inverse_of_amax(q.amax, spec)
+    return _rescale(difference, q.qparams, spec).astype(dtype)
+
+
+def dequantize_numbers(numbers: jax.Array, qparams: QParams, spec: QuantSpec, dtype: DTypeLike) -> jax.Array:
+    """`dequantize`, of the numbers that codes stand for; a zero_point of integers is one of at most 16 bits."""
+    if isinstance(spec.format, Int):
+        point = expand(
+            jnp.asarray(qparams.zero_point).astype(jnp.float32), spec.granularity, numbers.shape, "dequantize"
+        )
+        if spec.float_zero_point:
+            return _dequantize_float_zero_point(numbers, point, qparams, spec).astype(dtype)
+        numbers = numbers - point
+    return _rescale(numbers, qparams, spec).astype(dtype)
+
+
+def _rescale(difference: jax.Array, qparams: QParams, spec: QuantSpec) -> jax.Array:
+    """What remains of a number without its zero_point, times the scale."""
+    shape = difference.shape
+    if qparams.amax is not None:
+        inv = _inverse_of_amax(qparams.amax, spec)
+        if not isinstance(spec.format, Int):
+            return difference * expand(1.0 / inv, spec.granularity, shape, "dequantize")
         inv = jnp.where(inv == 0, jnp.float32(1), inv)
-        return divide(difference, expand(inv, spec.granularity, shape, "dequantize")).astype(dtype)
-    return (difference * scale).astype(dtype)
+        return divide(difference, expand(inv, spec.granularity, shape, "dequantize"))
+    return difference * _expanded_step(qparams, spec, shape)
 
 
-def _dequantize_float_zero_point(q: QTensor, scale: jax.Array) -> jax.Array:
-    point = expand(jnp.asarray(q.zero_point).astype(jnp.float32), q.spec.granularity, q.codes.shape, "dequantize")
-    codes = q.values()
-    if q.spec.convention == "torch_real":
+def _expanded_step(qparams: QParams, spec: QuantSpec, shape: tuple[int, ...]) -> jax.Array:
+    step = dataclasses.replace(qparams, scale=jnp.asarray(qparams.scale).astype(jnp.float32)).step
+    return expand(step, spec.granularity, shape, "dequantize")
+
+
+def _dequantize_float_zero_point(codes: jax.Array, point: jax.Array, qparams: QParams, spec: QuantSpec) -> jax.Array:
+    scale = _expanded_step(qparams, spec, codes.shape)
+    if spec.convention == "torch_real":
         return (codes - point) * scale
     with jax.enable_x64(True):
         codes, point, scale = (lax.convert_element_type(v, jnp.float64) for v in (codes, point, scale))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from qjax._arithmetic import computed_once
 from qjax._granularity import reduce, statistic_shape
 from qjax._qparams import QParams, check_spec, choose_qparams, observable
 from qjax._reduce import min_max
@@ -103,9 +104,12 @@ def qparams_of_range(min_val: jax.Array, max_val: jax.Array, spec: QuantSpec) ->
     zero = jnp.float32(0)
     chosen = choose_qparams(jnp.where(empty, zero, min_val), jnp.where(empty, zero, max_val), spec)
     one, point = jnp.ones((), chosen.scale.dtype), jnp.zeros((), chosen.zero_point.dtype)
+    zero_point = chosen.zero_point  # where it is not 0 anyway
+    if spec.has_zero_point:
+        zero_point = computed_once(jnp.where(empty, point, zero_point))
     return dataclasses.replace(
         chosen,
-        scale=jnp.where(empty, one, chosen.scale),
-        zero_point=jnp.where(empty, point, chosen.zero_point),
+        scale=computed_once(jnp.where(empty, one, chosen.scale)),
+        zero_point=zero_point,
         amax=None if chosen.amax is None else jnp.where(empty, jnp.float32(spec.quant_max), chosen.amax),
     )

@@ -28,6 +28,12 @@ book = partial(Mutant, file=FILE, within="_nearest_level", tests=(BOOKS, SATURAT
 encode = partial(Mutant, file=FILE, within="_encode_float")
 zeroless = partial(Mutant, file=FILE, within="_without_zero", kind="rounding", tests=(E8M0,))
 decode = partial(Mutant, file=FILE, within="_decode_float", kind="special")
+added = partial(
+    Mutant,
+    file=FILE,
+    within="_round_by_addition",
+    tests=("tests/numerics/test_numbers.py::test_numbers_of_a_format_are_those_of_its_codes[e4m3fn]",),
+)
 narrow = partial(Mutant, file=FILE, kind="rounding", tests=(f"{TESTS}::test_round_to_dtype",))
 
 MUTANTS = (
@@ -274,10 +280,40 @@ MUTANTS = (
         equivalent="on CPU, XLA keeps the pair of casts; reduce_precision is for backends that drop it (excess precision)",
         select="bfloat16",
     ),
+    added(
+        name="round_by_addition/subnormals",
+        kind="special",
+        old="field = jnp.maximum(kept & jnp.int32(_INFINITY), smallest_field)",
+        new="field = kept & jnp.int32(_INFINITY)",
+        flips="below the smallest normal number the step stays → halves on",
+    ),
+    added(
+        name="round_by_addition/tie-above-the-largest",
+        kind="mask",
+        old="limit -= 1 if form.mantissa == 0 or form.max_code & 1 else 0",
+        new="limit -= 1",
+        flips="half a step above an even largest code is in range → it is not",
+    ),
+    added(
+        name="round_by_addition/always-saturates",
+        kind="clip",
+        old="if not form.saturate:",
+        new="if False:",
+        flips="what is too large becomes infinity or NaN where the format says so → the largest number",
+        tests=("tests/numerics/test_formats.py::test_round_to_dtype",),
+        select="float16",
+    ),
+    added(
+        name="round_by_addition/nan-is-large",
+        kind="special",
+        old="rounded = jnp.where(is_nan, _NAN, rounded) | sign",
+        new="rounded = rounded | sign",
+        flips="NaN stays NaN → becomes the largest number",
+    ),
     narrow(
         name="round_to_dtype/float16-flushed",
         within="round_to_dtype",
-        old="value_of(code_of(x, _FLOAT16)[0], _FLOAT16)",
+        old="round_to_format(x, _FLOAT16)[0]",
         new="lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)",
         flips="float16 has subnormals → reduce_precision flushes them",
         select="float16",
