@@ -64,7 +64,8 @@ def min_max(x: jax.Array, axis: tuple[int, ...], *, finite: bool = False) -> tup
         infinity = _ordered(jnp.asarray(jnp.inf, x.dtype))
         is_finite = (low < infinity) & (low > ~infinity)  # the order of -x is that of x with each bit inverted
         low, high = (jnp.where(is_finite, low, end) for end in (infinity, ~infinity))
-    steps = None if _is_sharded(x) else _plan(x.shape, axis, 8 // x.dtype.itemsize)
+    can_be_planned = _is_known(x) and not _is_sharded(x)
+    steps = _plan(x.shape, axis, 8 // x.dtype.itemsize) if can_be_planned else None
     if steps is None:
         return _unordered(jnp.min(low, axis=axis), jnp.max(high, axis=axis), x.dtype)
     top = jnp.iinfo(low.dtype)
@@ -85,6 +86,11 @@ def amax(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
 
 def _wider(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return lax.min(a[0], b[0]), lax.max(a[1], b[1])
+
+
+def _is_known(x: jax.Array) -> bool:
+    """Whether the shape is one of numbers: that of an exported function may hold a symbol for the size of a batch."""
+    return all(isinstance(size, int) for size in x.shape)
 
 
 def _is_sharded(x: jax.Array) -> bool:

@@ -133,3 +133,13 @@ def test_jit_vmap_and_grad():
             np.testing.assert_array_equal(part, value)
     assert not jax.grad(lambda x: sum(part.sum() for part in min_max(x, (0, 1, 2))))(x).any()
     assert not jax.grad(lambda x: amax(x, (0, 1, 2)))(x).any()
+
+
+def test_a_batch_of_any_size_is_exported(rng):
+    exported = jax.export.export(jax.jit(lambda x: min_max(x, (0, 1))))(
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 600"), jnp.float32)
+    )
+    for batch in (1, 900):
+        x = rng.normal(size=(batch, 600)).astype(np.float32)
+        low, high = exported.call(x)
+        assert (low, high) == (x.min(), x.max())
