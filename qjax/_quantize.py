@@ -234,7 +234,6 @@ def _scaled(x: jax.Array, qparams: QParams, spec: QuantSpec, dtype: jnp.dtype, c
     scaling, scale, rule = spec.row.scaling, qparams.scale, spec.effective_scale_rule
     if qparams.global_scale is not None:
         return round_to_dtype(divide(x, expand(qparams.step, spec.granularity, x.shape, caller)), dtype)
-    # An inverse for each element where scales differ along a row: on a CPU, a division costs less than a second row to read.
     if qparams.tensor_scale is not None:
         inv = divide(1.0 / qparams.tensor_scale, expand(scale, spec.granularity, x.shape, caller))
     elif qparams.amax is not None:
@@ -243,10 +242,7 @@ def _scaled(x: jax.Array, qparams: QParams, spec: QuantSpec, dtype: jnp.dtype, c
         # By a power of two both are exact, but the inverse of 2^127 is a denormal, which XLA takes for zero.
         return round_to_dtype(divide(x, expand(scale, spec.granularity, x.shape, caller)), dtype)
     else:
-        scale = expand(scale, spec.granularity, x.shape, caller)
-        if dtype == jnp.float32 and scale.shape[-1:] != (1,) and scale.ndim:
-            scale = lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
-        inv = round_to_dtype(1.0 / scale, dtype)
+        inv = expand(round_to_dtype(1.0 / scale, dtype), spec.granularity, x.shape, caller)
     # Whatever x was multiplied by before must not be multiplied by `inv` first.
     return round_to_dtype(unfused(x) * inv, dtype)
 
