@@ -77,6 +77,15 @@ def min_max_of(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
     return low.astype(jnp.float32), high.astype(jnp.float32)
 
 
+def finite_range(x: jax.Array, axis: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Smallest and largest finite value over some axes, as float32; (inf, -inf) where there is none.
+
+    A zero has no sign here: which of two is the smaller would depend on the order.
+    """
+    low, high = (end.astype(jnp.float32) for end in min_max(x, axis, finite=True))
+    return jnp.where(low == 0, jnp.float32(0), low), jnp.where(high == 0, jnp.float32(0), high)
+
+
 def check_same_channels(state_shape: tuple[int, ...], x: jax.Array, spec: QuantSpec, caller: str) -> None:
     """Statistics refuse a silent broadcast."""
     if state_shape != channels(x, spec):

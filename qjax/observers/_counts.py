@@ -13,8 +13,7 @@ from jax.typing import ArrayLike
 
 from qjax._arithmetic import divide
 from qjax._granularity import gather
-from qjax._reduce import min_max
-from qjax.observers._base import Observer, channels, check_mergeable, check_same_channels
+from qjax.observers._base import Observer, channels, check_mergeable, check_same_channels, finite_range
 from qjax.observers._bin_counts import bin_counts
 from qjax.observers._float64 import float64, pick, power_of_two, sums_before, unfused
 
@@ -114,7 +113,7 @@ def count(values: jax.Array, bins: int) -> CountState:
     Bins are read from the bits of the floats: nothing is rounded, and it does not matter whether a backend keeps denormals.
     """
     half = bins // 2
-    low, high = (_unsigned_zero(end) for end in min_max(values, (values.ndim - 1,), finite=True))
+    low, high = finite_range(values, (values.ndim - 1,))
     field, _ = _fields(jnp.maximum(-low, high))
     exponent = jnp.maximum(_above(field) - (half.bit_length() - 1), MIN_EXPONENT)
 
@@ -148,11 +147,6 @@ def _fields(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _above(field: jax.Array) -> jax.Array:
     """The smallest exponent with |value| < 2^exponent; the least where the value is zero, denormal or not finite."""
     return jnp.where((field > 0) & (field < _SPECIAL), field - _BIAS + 1, MIN_EXPONENT)
-
-
-def _unsigned_zero(x: jax.Array) -> jax.Array:
-    """A zero has no sign here: which of two is the smaller would depend on the order."""
-    return jnp.where(x == 0, jnp.float32(0), x)
 
 
 def _saturating_add(a: jax.Array, b: jax.Array) -> jax.Array:

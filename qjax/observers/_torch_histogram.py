@@ -15,9 +15,8 @@ from qjax._arithmetic import divide, unfused
 from qjax._formats import Int
 from qjax._granularity import PerTensor
 from qjax._qparams import QParams
-from qjax._reduce import min_max
 from qjax._spec import QuantSpec
-from qjax.observers._base import Observer, check_mergeable, qparams_of_range
+from qjax.observers._base import Observer, check_mergeable, finite_range, qparams_of_range
 from qjax.observers._bin_counts import bin_counts
 from qjax.observers._torch_arithmetic import cascade_sum, linspace
 from qjax.observers._torch_search import search_range
@@ -78,8 +77,7 @@ class Histogram(Observer):
         if x.size == 0:
             return state
         # torch leaves out infinities; it raises an error for NaN, which is left out here.
-        ends = min_max(x, tuple(range(x.ndim)), finite=True)
-        low, high = (_unsigned_zero(end.astype(jnp.float32)) for end in ends)
+        low, high = finite_range(x, tuple(range(x.ndim)))
         low, high = jnp.minimum(state.min_val, low), jnp.maximum(state.max_val, high)
         counts = _count(x, low, high, self.bins)
         moved = _move(state, low, high)
@@ -114,11 +112,6 @@ class Histogram(Observer):
 
 def _is_empty(state: HistogramState) -> jax.Array:
     return (state.min_val == jnp.inf) | (state.max_val == -jnp.inf)
-
-
-def _unsigned_zero(x: jax.Array) -> jax.Array:
-    """Which zero a minimum over +0 and -0 is depends on the order; here it is +0."""
-    return jnp.where(x == 0, jnp.float32(0), x)
 
 
 def _edges(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:

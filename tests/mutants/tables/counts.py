@@ -55,6 +55,8 @@ MUTANTS = (
     count(
         name="count/infinities-in-range",
         kind="special",
+        file="qjax/observers/_base.py",
+        within="finite_range",
         old="finite=True",
         new="finite=False",
         flips="NaN and infinities are no part of the range → they are",
@@ -62,9 +64,10 @@ MUTANTS = (
     count(
         name="count/signed-zero",
         kind="special",
-        within="_unsigned_zero",
-        old="jnp.where(x == 0, jnp.float32(0), x)",
-        new="x",
+        file="qjax/observers/_base.py",
+        within="finite_range",
+        old="jnp.where(low == 0, jnp.float32(0), low)",
+        new="low",
         flips="a min_val of zero is +0 → -0 where there is one",
     ),
     merging(
